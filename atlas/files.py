@@ -213,7 +213,11 @@ def replace_folder(new: Path, folder: Path) -> None:
     elif not _exchange(new, folder):
         aside = folder.with_name(f".{folder.name}.replaced-{secrets.token_hex(4)}")
         folder.rename(aside)
-        new.rename(folder)
+        try:
+            new.rename(folder)
+        except OSError:
+            aside.rename(folder)
+            raise
         aside.rename(new)
     flush_folder(folder.parent)
     shutil.rmtree(new, ignore_errors=True)
@@ -314,6 +318,10 @@ def cache_folder() -> Path:
         folder = Path(platformdirs.user_cache_dir("atlas", appauthor=False))
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+    if sys.platform == "win32":
+        raise AtlasError(
+            "the user's cache folder cannot be made: set ATLAS_CACHE_DIR to a folder of your own"
+        )
     folder = Path(tempfile.gettempdir(), f"atlas-{os.getuid()}")
     with explain_failed_write(folder, "set ATLAS_CACHE_DIR to a folder of your own"):
         folder.mkdir(mode=0o700, exist_ok=True)

@@ -59,6 +59,8 @@ def start_run(
     `may_exceed_batch_size` allows micro-batches larger than `training.batch_size`. The caller allows this if the user
     did not set `training.batch_size`.
     """
+    if start.lock and start.lock.is_released:
+        raise AtlasError(f"{start.folder}: this start has failed before: call choose_start again")
     with undone_after_error(start.lock):
         return _start_run(start, world, sampler, may_exceed_batch_size)
 

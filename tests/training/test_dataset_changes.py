@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 from atlas.data import prepare
 from atlas.data.sequences import verify
 from atlas.errors import AtlasError
+from atlas.files import cache_folder
 from atlas.tokenizer import Tokenizer
 from atlas.training.train import train
 from tests.runs import assert_same_run, layer, on_updates, run_for, trained
@@ -199,3 +201,16 @@ def test_more_shards_than_a_process_may_open(tmp_path: Path, text_file: Path) ->
         assert trained(run_on(folder, tmp_path / "run"))[1].step == STEPS
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_damaged_cache_of_hashes_ends_no_run(dataset: Path, tmp_path: Path) -> None:
+    time.sleep(2.1)  # a hash is cached for files that did not change just now
+    trained(run_on(dataset, tmp_path / "one"))
+    cache = cache_folder() / "hashes.sqlite"
+    whole = cache.read_bytes()
+    cache.write_bytes(whole[:4096] + b"\x5a" * (len(whole) - 4096))
+    assert trained(run_on(dataset, tmp_path / "two"))[1].step == STEPS
+    with sqlite3.connect(cache) as wrong:
+        wrong.execute("CREATE TABLE IF NOT EXISTS hashes (path BLOB PRIMARY KEY, stamp TEXT, sha256 TEXT)")
+        wrong.execute("UPDATE hashes SET sha256 = 'wrong'")
+    assert trained(run_on(dataset, tmp_path / "three"))[1].step == STEPS

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ import pytest
 from atlas.config.loader import nested, overlay
 from atlas.errors import AtlasError
 from atlas.files import try_to_lock
-from atlas.training import resume
+from atlas.training import launch, resume
 from atlas.training.checkpoint.lock import FolderLock
 from atlas.training.resume import Request, choose_start
 from atlas.training.train import train
@@ -151,3 +154,54 @@ def test_a_save_does_not_touch_a_folder_that_another_run_took(tmp_path: Path, te
     with pytest.raises(AtlasError, match="another run has taken this folder"):
         run.checkpoints.save(run.contents(), ["step", "best"])
     assert names(folder) == before
+
+
+def test_a_lock_that_two_threads_check_is_taken_again_once(tmp_path: Path) -> None:
+    """The training loop and the thread that saves both notice that the lock file is gone."""
+    lock = FolderLock(tmp_path)
+    for _ in range(20):
+        (tmp_path / "atlas.lock").unlink()
+        with ThreadPoolExecutor(8) as pool:
+            for done in [pool.submit(lock.check) for _ in range(8)]:
+                done.result()
+        assert lock.is_held
+    gc.collect()
+    assert is_locked(tmp_path)
+
+
+def test_two_starts_in_one_process_share_the_lock(tmp_path: Path, text_file: Path) -> None:
+    """As in a notebook, whose cell is run again: the first start is deleted, and closes its file."""
+    explicit = layer(tmp_path / "run", text_file)
+    start = choose_start(Request(explicit))
+    start = choose_start(Request(explicit))
+    gc.collect()
+    assert is_locked(tmp_path / "run")
+    start.lock.release()
+    assert not is_locked(tmp_path / "run")
+
+
+def test_a_start_that_has_failed_is_not_started_again(
+    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = choose_start(Request(layer(tmp_path / "run", text_file)))
+    monkeypatch.setattr(launch, "_build", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        launch.start_run(start)
+    with pytest.raises(AtlasError, match="this start has failed before: call choose_start again"):
+        launch.start_run(start)
+
+
+def test_a_folder_that_cannot_be_reached_for_a_moment_ends_no_run(
+    tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system may answer with an error for some seconds."""
+    run = run_for(layer(tmp_path / "run", text_file, checkpoint__save_interval=1))
+    stat = Path.stat
+
+    def unreachable(path: Path, **options: object) -> os.stat_result:
+        if run.state.step in (2, 3) and path.name == "atlas.lock":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", unreachable)
+    assert train(run).step == 6

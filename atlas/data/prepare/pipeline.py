@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -188,7 +188,7 @@ class _Preparation:
                 return Summary(existing, unchanged=True)
             if next(self.sources.documents(), None) is None:
                 raise DataError(f"{self.sources.names}: holds no text to train on; give a source with text")
-            with locked(work):
+            with locked(work), locked(output) if output != work else nullcontext():
                 if existing := self._existing(output):  # another process made it while this process waited
                     return Summary(existing, unchanged=True)
                 for line in what_changed(output, self.sources, self.tokenizer, self.option_values):

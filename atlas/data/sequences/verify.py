@@ -11,7 +11,8 @@ from pathlib import Path
 
 from atlas.data.shards import changed
 from atlas.data.text.hashes import hashes_of, stamp_of
-from atlas.errors import DataError
+from atlas.errors import AtlasError, DataError
+from atlas.files import cache_folder, sha256_of
 
 _PATIENCE = 1.0  # seconds
 _AT_ONCE = 16  # files per look into the cache of hashes
@@ -26,9 +27,10 @@ class DatasetVerifier:
     """
 
     def __init__(self, files: Sequence[tuple[Path, str]]) -> None:
+        cache_folder()  # raises an error for a mistake in ATLAS_CACHE_DIR before the run begins
         self._files = files
         self._verified: dict[Path, str] = {}
-        self._error: DataError | None = None
+        self._error: AtlasError | None = None
         self._thread = threading.Thread(target=self._verify_quietly, name="atlas-verify", daemon=True)
         if files:
             self._thread.start()
@@ -71,11 +73,11 @@ class DatasetVerifier:
                 some = unknown[first : first + _AT_ONCE]
                 hashes = hashes_of(path for path, _, _ in some)
                 for (path, sha256, stamp), found in zip(some, hashes, strict=True):
-                    if found != sha256:
+                    if found != sha256 and sha256_of(path) != sha256:  # the cache may be damaged, too
                         raise changed(path) if path.suffix == ".npy" else _changed_plan(path)
                     # If the file has changed since its stamp was taken, the next call reads the file again.
                     self._verified[path] = stamp
-        except DataError as error:
+        except AtlasError as error:
             self._error = error
         except OSError as error:
             self._error = DataError(

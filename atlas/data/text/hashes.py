@@ -17,6 +17,7 @@ without a new time stamp."""
 _SAVE_SECONDS = 2.0
 """Seconds between two writes of new hashes to the cache. A kill loses at most the hashes since the last write."""
 _TABLE = "CREATE TABLE IF NOT EXISTS hashes (path BLOB PRIMARY KEY, stamp TEXT, sha256 TEXT)"
+_CACHE = "hashes.sqlite"
 _LOOKUP = "SELECT sha256 FROM hashes WHERE path = ? AND stamp = ?"
 
 
@@ -30,7 +31,7 @@ def hashes_of(paths: Iterable[str | Path], advance: Callable[[int], None] = lamb
         try:
             for path in paths:
                 key, (stamp, changed), begun = os.fsencode(os.path.abspath(path)), stamp_of(path), time.time()
-                if row := cache.execute(_LOOKUP, (key, stamp)).fetchone():
+                if row := _look_up(cache, key, stamp):
                     hashes.append(row[0])
                     advance(os.path.getsize(path))
                     continue
@@ -45,6 +46,19 @@ def hashes_of(paths: Iterable[str | Path], advance: Callable[[int], None] = lamb
     return hashes
 
 
+def _look_up(cache: sqlite3.Connection, key: bytes, stamp: str) -> tuple[str] | None:
+    """Return the cached hash, or None. A damaged cache is removed, so that the next command makes a new one."""
+    try:
+        row: tuple[str] | None = cache.execute(_LOOKUP, (key, stamp)).fetchone()
+        return row
+    except sqlite3.OperationalError:  # for example, another process holds the cache for long
+        return None
+    except sqlite3.DatabaseError:
+        with suppress(OSError):
+            (cache_folder() / _CACHE).unlink()
+        return None
+
+
 def _save(cache: sqlite3.Connection, new: list[tuple[bytes, str, str]]) -> None:
     with suppress(sqlite3.Error), cache:
         cache.executemany("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?)", new)
@@ -56,7 +70,7 @@ def _open_cache() -> sqlite3.Connection:
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        cache = sqlite3.connect(folder / "hashes.sqlite", timeout=10)
+        cache = sqlite3.connect(folder / _CACHE, timeout=10)
         cache.execute(_TABLE)
     except (OSError, sqlite3.Error):
         cache = sqlite3.connect(":memory:")

@@ -84,6 +84,8 @@ class Sources:
         self.links_out: list[str] = []
         """Links in a folder that point outside the folder. Atlas does not follow such links, because the folder may be
         untrusted and the files outside may be private."""
+        self.unreadable: list[str] = []
+        """Subfolders that cannot be read, such as the `lost+found` of a disk."""
         self.in_own_order: list[str] = []
         """Compressed tars whose members are not sorted by name. Atlas reads these members in their stored order."""
         self._roots: dict[str, _Root] = {}
@@ -199,6 +201,7 @@ class Sources:
         reasons = (
             (self.left_out, f"parts that hold the same text as {COMBINED} are left out"),
             (self.ignored, "files of other kinds are ignored"),
+            (self.unreadable, "subfolders cannot be read and are left out"),
             (
                 self.links_out,
                 "links that lead out of their folder are left out: give the paths that they point to",
@@ -231,8 +234,10 @@ class Sources:
 
     def _in_folder(self, folder: Path) -> Iterator[TextFile]:
         root, start = os.path.realpath(folder), "" if folder == Path() else str(folder)
-        for name, entry in sorted(_files_below(str(folder)), key=lambda found: _natural(found[0])):
-            path, resolved = os.path.join(start, name), os.path.join(root, name)
+        for name, entry in sorted(
+            _files_below(str(folder), self.unreadable), key=lambda found: _natural(found[0])
+        ):
+            path, resolved = os.path.join(start, name), os.path.normpath(os.path.join(root, name))
             if entry.is_symlink():
                 resolved = os.path.realpath(path)
                 if not Path(resolved).is_relative_to(root):
@@ -303,15 +308,25 @@ class Sources:
                 yield file
 
 
-def _files_below(folder: str, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
+def _files_below(
+    folder: str, unreadable: list[str], prefix: str = ""
+) -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Yield the files in a folder and its subfolders, each with its name relative to the folder. Hidden files and
-    folders are left out, and links to folders are not followed. Calls to `pathlib` would take most of the time."""
-    with os.scandir(folder) as entries:
+    folders are left out, and links to folders are not followed. A subfolder that cannot be read is added to
+    `unreadable`. Calls to `pathlib` would take most of the time."""
+    try:
+        scan = os.scandir(folder)
+    except PermissionError:
+        if not prefix:
+            raise
+        unreadable.append(encodable(folder))
+        return
+    with scan as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir(follow_symlinks=False):
-                yield from _files_below(entry.path, f"{prefix}{entry.name}/")
+                yield from _files_below(entry.path, unreadable, f"{prefix}{entry.name}/")
             # `is_file` raises an error for a link to itself, and `isfile` returns False.
             elif os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():
                 yield prefix + entry.name, entry

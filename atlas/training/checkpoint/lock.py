@@ -6,11 +6,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+from weakref import WeakValueDictionary
 
 from atlas.errors import CheckpointError
 from atlas.files import read_limited, try_to_lock
@@ -18,9 +20,14 @@ from atlas.files import read_limited, try_to_lock
 _LONGEST_NOTE = 1000  # bytes
 
 
+_locked_files: WeakValueDictionary[tuple[int, int], IO[bytes]] = WeakValueDictionary()
+"""Device and inode → the open lock file. The system would release the lock if this process opened the file a second
+time and closed it. So two locks of one process on one folder share the open file."""
+
+
 class FolderLock:
     """A lock on a folder. This process holds the lock from construction until `release` or until the process ends. The
-    folder is created if it does not exist.
+    folder is created if it does not exist. Several threads may use a lock.
 
     Raises `CheckpointError` if another process holds the lock, and `OSError` if the lock file cannot be written.
     """
@@ -31,10 +38,21 @@ class FolderLock:
         places = [self._path, folder, *folder.parents]
         self._created = [place for place in places if not os.path.lexists(place)]
         self._note = self._times = None
-        with suppress(OSError):
-            self._note = read_limited(self._path, limit=_LONGEST_NOTE)
-            self._times = self._path.stat()
-        self._file = self._lock()
+        self._mutex = threading.Lock()
+        self._file: IO[bytes] | None = self._shared()
+        if self._file is None:
+            with suppress(OSError):
+                self._note = read_limited(self._path, limit=_LONGEST_NOTE)
+                self._times = self._path.stat()
+            self._file = self._lock()
+
+    def _shared(self) -> IO[bytes] | None:
+        """Return the lock file of this folder that this process has already locked, or None."""
+        try:
+            status = self._path.stat()
+        except OSError:
+            return None
+        return _locked_files.get((status.st_dev, status.st_ino))
 
     def _lock(self) -> IO[bytes]:
         file = try_to_lock(self._path)
@@ -48,15 +66,27 @@ class FolderLock:
             file.truncate(0)
             file.write(json.dumps(owner).encode("utf-8"))
             file.flush()
+        status = os.fstat(file.fileno())
+        _locked_files[status.st_dev, status.st_ino] = file
         return file
 
     @property
+    def is_released(self) -> bool:
+        """Whether `release` or `undo` was called."""
+        return self._file is None
+
+    @property
     def is_held(self) -> bool:
-        """Whether the lock file in the folder is still the file that this process has locked."""
+        """Whether the lock file in the folder is still the file that this process has locked. If the folder cannot be
+        reached at the moment, the answer is yes: a save then fails with its own error."""
+        if self._file is None:
+            return False
         try:
             return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
         except FileNotFoundError:
             return False
+        except OSError:
+            return True
 
     def check(self) -> None:
         """Raise `CheckpointError` if another run has taken the folder.
@@ -64,30 +94,36 @@ class FolderLock:
         This can happen only after the lock file was removed. If the file was removed and no other run has made a new
         one, lock a new file.
         """
-        if self.is_held:
-            return
-        if not os.path.lexists(self._path):
-            with suppress(CheckpointError):
-                self._file = self._lock()
+        with self._mutex:
+            if self.is_held:
                 return
-        raise CheckpointError(
-            f"{self._folder}: another run has taken this folder, because atlas.lock was removed: this run ends without "
-            "another save. Use one --output-dir per run, and do not remove atlas.lock while a run is active"
-        )
+            if not os.path.lexists(self._path):
+                with suppress(CheckpointError):
+                    with suppress(
+                        OSError
+                    ):  # a save fails with the same error, and the next check locks again
+                        self._file = self._lock()
+                    return
+            raise CheckpointError(
+                f"{self._folder}: another run has taken this folder, because atlas.lock was removed: this run ends "
+                "without another save. Use one --output-dir per run, and do not remove atlas.lock while a run is active"
+            )
 
     def release(self) -> None:
         """Release the lock, so that another run can use the folder."""
-        self._file.close()
+        self._file = None  # the file is closed when no other lock shares it
 
     def undo(self) -> None:
         """Release the lock. Remove the lock file and the empty folders that the constructor created, or give the lock
         file its earlier content and times back."""
         with suppress(OSError):
-            if self._note is not None and self._times is not None:
+            if self._file and self._note is not None and self._times is not None:
                 self._file.truncate(0)
                 self._file.write(self._note)
                 self._file.flush()
                 os.utime(self._path, ns=(self._times.st_atime_ns, self._times.st_mtime_ns))
+        if os.name == "nt":  # Windows cannot remove an open file
+            self.release()
         for place in self._created:
             with suppress(OSError):
                 place.unlink() if place == self._path else place.rmdir()
