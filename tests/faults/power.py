@@ -85,6 +85,7 @@ def cut_the_power(
             f"  {scene.name}: {len(recorded.disk.operations)} operations, {len(legal):,} crashes, "
             f"{len(states):,} different states, {len(tried):,} replayed, {faults} lost or wrong"
         )
+        print(lines[-1], file=sys.stderr, flush=True)
         totals.update({"crashes": len(legal), "different states": len(states), "replayed": len(tried)})
         totals["lost or wrong"] += faults
         shutil.rmtree(recorded.work)

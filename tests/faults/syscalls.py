@@ -12,6 +12,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,21 +20,21 @@ from pathlib import Path
 
 from tests.faults.crash import audit, strace
 from tests.faults.crash.children import check_each, run_in
-from tests.faults.crash.judge import Judge, announced, stage
+from tests.faults.crash.judge import Judge, stage
 from tests.faults.crash.scenes import SCENES, Scene
 from tests.faults.crash.strace import Call
 from tests.faults.runs import Broken, command
 
 _SHIFTS = (0, 0, 1, -1, 2, -2, 3, -3)
-"""A process may open more or fewer files before the call that is meant than the recorded one: the numbers to try."""
+"""The number of a call varies a little, since a process may open more or fewer files before. These are tried."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A call at which the process is killed, and the step of the last save that was announced before."""
+    """A call at which the process is killed, and the which-th it is of its name and path."""
 
     call: Call
-    saved: int
+    of_its_path: int
 
 
 def kill_at_each_call(
@@ -55,6 +56,7 @@ def kill_at_each_call(
                 faults += 1
                 print(f"  {scene.name}: killed at {point.call}: {fault}", file=sys.stderr, flush=True)
         lines.append(f"  {scene.name}: {len(points)} points, {faults} lost or wrong")
+        print(lines[-1], file=sys.stderr, flush=True)
         total, broken = total + len(points), broken + faults
     if broken:
         raise Broken("\n".join([*lines, f"  {broken} of {total} points lost or wrong"]))
@@ -79,32 +81,35 @@ class Killed:
         if status != self.scene.ends_with:
             raise Broken(f"{self.scene.name}: exit code {status} while it is recorded")
         shutil.rmtree(place)
-        return [
-            Point(call, max(self.judge.base_step, announced(calls[:number])))
-            for number, call in enumerate(calls)
-            if call.changes_the_disk() and call.in_main_thread
-        ]
+        points, seen = [], Counter[tuple[str, str]]()
+        for call in calls:
+            seen.update((call.name, path) for path in {*call.paths})
+            if call.changes_the_disk() and call.in_main_thread:
+                points.append(Point(call, seen[call.name, call.paths[0]]))
+        return points
 
     def check(self, point: Point) -> None:
         """Kill the command at this point, and check what it left, and how it ends when it is started again."""
         place = Path(tempfile.mkdtemp(dir=self.work)).resolve()
         try:
-            for shift in _SHIFTS:
-                shutil.rmtree(place)
-                shutil.copytree(self.work / "before", place)
-                if self._kill(place, point.call, shift):
-                    break
-            else:
+            if not any(self._kill(place, point, shift) for shift in _SHIFTS):
                 raise Broken("no kill hit this call")
             with run_in(place):
-                self.judge.check(point.saved)
+                self.judge.check(max(self.judge.base_step, self.judge.announced_here()))
         finally:
             shutil.rmtree(place)
 
-    def _kill(self, place: Path, call: Call, shift: int) -> bool:
-        """Whether the kill hit the call that was meant."""
-        number = max(1, call.number + shift)
-        _, hit = (audit if self.by_hook else strace).kill_at(self._act, place, call.name, number)
+    def _kill(self, place: Path, point: Point, shift: int) -> bool:
+        """Run and kill the command in a copy of the folder. Return whether the kill hit the call that was meant."""
+        call = point.call
+        shutil.rmtree(place)
+        shutil.copytree(self.work / "before", place)
+        if self.by_hook:
+            _, hit = audit.kill_at(self._act, place, call.number)
+        elif call.has_path and not shift:
+            _, hit = strace.kill_at(self._act, place, call.name, point.of_its_path, call.paths[0])
+        else:
+            _, hit = strace.kill_at(self._act, place, call.name, max(1, call.number + shift))
         return hit is not None and _without_chance(hit) == _without_chance(call)
 
     def _act(self) -> int:

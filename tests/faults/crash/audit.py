@@ -31,7 +31,7 @@ def record(action: Action, folder: Path) -> tuple[int, list[Call]]:
     return _run(action, folder, killed_at=None)
 
 
-def kill_at(action: Action, folder: Path, name: str, number: int) -> tuple[int, Call | None]:
+def kill_at(action: Action, folder: Path, number: int) -> tuple[int, Call | None]:
     """Let a process do `action` in `folder`, and kill it before its change of this number. Return its status and this
     change."""
     status, calls = _run(action, folder, killed_at=number)

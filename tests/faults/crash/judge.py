@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import psutil
@@ -45,8 +45,11 @@ def stage(scene: Scene, work: Path) -> Judge:
 def announced(calls: Sequence[Call]) -> int:
     """The step of the last save that these calls announced in `metrics.jsonl`."""
     lines = b"".join(call.data for call in calls if call.paths and call.paths[0] == "run/metrics.jsonl")
-    saves = (json.loads(line) for line in lines.splitlines() if b'"event": "save"' in line)
-    return max((save["step"] for save in saves), default=0)
+    return _last_save(lines.splitlines())
+
+
+def _last_save(lines: Iterable[bytes]) -> int:
+    return max((json.loads(line)["step"] for line in lines if b'"event": "save"' in line), default=0)
 
 
 def digests(place: Path) -> dict[str, str]:
@@ -74,6 +77,12 @@ class Judge:
         steps = sound_checkpoints(self._before / RUN)
         kept = [step for name, step in steps.items() if name not in self._moved]
         return max(kept, default=0)
+
+    def announced_here(self) -> int:
+        """The step of the last save that the command announced in the current folder, where no data is lost."""
+        logs = [folder / RUN / "metrics.jsonl" for folder in (Path(), self._before)]
+        now, old = (log.read_bytes().split(b"\n")[:-1] if log.exists() else [] for log in logs)
+        return _last_save(line for line in now if line not in old)
 
     def check(self, saved: int, *, is_over: bool = False) -> None:
         """Check what a crash left in the current folder, then each command with which a user may go on from there."""

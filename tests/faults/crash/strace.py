@@ -55,6 +55,12 @@ class Call:
     def descriptor(self) -> int:
         return int(self.words[0], 0)
 
+    @property
+    def has_path(self) -> bool:
+        """Whether strace finds this call by its path, not relative to an open folder and without chance in it."""
+        at_folder = self.words[:1] != ("AT_FDCWD",) and self.name.endswith("at")
+        return not at_folder and "replaced-" not in self.paths[0]
+
     def changes_the_disk(self) -> bool:
         """Whether this call changed something in the folder of the process, or flushed it."""
         if self.name not in CHANGES.split(",") or self.result == -1 or not self.paths:
@@ -82,11 +88,12 @@ def record(action: Action, folder: Path) -> tuple[int, list[Call]]:
     return status, parse(lines, str(folder.resolve()))
 
 
-def kill_at(action: Action, folder: Path, name: str, number: int) -> tuple[int, Call | None]:
+def kill_at(action: Action, folder: Path, name: str, number: int, path: str = "") -> tuple[int, Call | None]:
     """Let a process do `action` in `folder`, and kill it as it enters the `number`-th call of this name, which does
-    not happen. Return its status and this call."""
+    not happen. With `path`, only calls with this path count. Return the status and this call."""
     inject = f"inject={name}:signal=SIGKILL:when={number}"
-    status, lines = trace(action, folder, ["-s", "0", "-e", f"trace={name}", "-e", inject])
+    filters = ["-P", path, "-P", str(folder / path)] if path else []
+    status, lines = trace(action, folder, ["-s", "0", "-e", f"trace={name}", "-e", inject, *filters])
     calls = parse(lines, str(folder.resolve()))
     return status, calls[-1] if calls else None
 
@@ -95,8 +102,8 @@ def trace(action: Action, folder: Path, options: Sequence[str]) -> tuple[int, li
     """Let a process do `action` in `folder` under strace. Return its status and the lines of strace."""
     log = folder.with_name(folder.name + ".strace")
     pid = stopped(action, folder)
-    command = ["strace", "-f", "-q", "-y", "-xx", "-o", str(log), *options, "-p", str(pid)]
-    tracer = subprocess.Popen(command)
+    command = ["strace", "-f", "-qq", "-y", "-xx", "-o", str(log), *options, "-p", str(pid)]
+    tracer = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         while not log.exists() or log.stat().st_size == 0:  # strace notes the stop as soon as it is attached
             if tracer.poll() is not None:
