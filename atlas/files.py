@@ -212,13 +212,19 @@ def replace_folder(new: Path, folder: Path) -> None:
         new.rename(folder)
     elif not _exchange(new, folder):
         aside = folder.with_name(f".{folder.name}.replaced-{secrets.token_hex(4)}")
-        folder.rename(aside)
+        try:
+            folder.rename(aside)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            shutil.rmtree(folder)  # a folder in a lower layer of an overlay file system cannot be renamed
         try:
             new.rename(folder)
         except OSError:
             aside.rename(folder)
             raise
-        aside.rename(new)
+        if aside.exists():
+            aside.rename(new)
     flush_folder(folder.parent)
     shutil.rmtree(new, ignore_errors=True)
 

@@ -12,7 +12,8 @@ from atlas.training.checkpoint.manifest import sidecar_of, written_later
 from atlas.training.checkpoint.moves import JOURNAL
 
 _OWN_FOLDERS = {"tensorboard", "wandb"}
-_OWN_NAMES = {"training.log", "config.yaml", "atlas.lock", JOURNAL, *_OWN_FOLDERS}
+_OWN_FILES = {"training.log", "config.yaml", "atlas.lock", "metrics.jsonl", "metrics.lost.jsonl", JOURNAL}
+_OWN_NAMES = {*_OWN_FILES, *_OWN_FOLDERS}
 _OWN_PREFIXES = ("atlas_", "metrics.jsonl", "metrics.lost.jsonl", "training.rank-")
 """Names and prefixes of the files that a run writes to its output folder."""
 
@@ -41,7 +42,7 @@ def _refuse_strange_files(folder: Path) -> None:
             raise AtlasError(
                 f"{path}: is a link, and a run would write to its target: remove it, or choose another --output-dir"
             )
-        may_be_folder = path.name in _OWN_FOLDERS or path.name.startswith("atlas_")
+        may_be_folder = path.name not in _OWN_FILES
         # Another run may still use the folder and remove a temporary file at this moment.
         if path.exists() and not path.is_file() and not (path.is_dir() and may_be_folder):
             raise AtlasError(f"{path}: is not a regular file: remove it, or choose another --output-dir")

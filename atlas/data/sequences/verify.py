@@ -57,9 +57,11 @@ class DatasetVerifier:
         self.check()
 
     def _verify_quietly(self) -> None:
-        if sys.platform == "linux":  # training gets a free core first; only Linux has a priority per thread
-            with suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        if sys.platform == "linux":  # only Linux has a priority per thread
+            with suppress(
+                OSError
+            ):  # training gets a free core first, but hashing always gets a part of a core
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         self._verify()
 
     def _verify(self) -> None:

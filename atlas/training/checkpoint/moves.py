@@ -6,8 +6,10 @@ folder completes it. Otherwise a checkpoint could be separated from its sidecar,
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
+import shutil
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +17,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from atlas.errors import CheckpointError, first_line
-from atlas.files import explain_failed_write, flush_folder, read_limited, replacing
+from atlas.files import explain_failed_write, flush_folder, flush_to_disk, read_limited, replacing
 from atlas.training.checkpoint.manifest import FileName
 from atlas.training.checkpoint.retention import files_of
 
@@ -71,11 +73,33 @@ def complete_move(folder: Path) -> Path | None:
             raise OSError("is a link")
         for name in journal.files:
             if os.path.lexists(folder / name):
-                if os.path.lexists(target / name):
+                if os.path.isfile(target / name):
                     raise FileExistsError(f"{name} is already there")
-                os.rename(folder / name, target / name)
+                _move(folder / name, target / name)
         flush_folder(target)
         flush_folder(folder)
         path.unlink()
         flush_folder(folder)
     return target
+
+
+def _move(source: Path, target: Path) -> None:
+    """Rename a file or a folder. A folder from a lower layer of an overlay file system, as in a container, cannot be
+    renamed, so copy it, then remove it. If a kill interrupts the removal, the next call completes it."""
+    try:
+        if not target.exists():
+            os.rename(source, target)
+            return
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        copy = target.with_name(f"{target.name}.tmp")
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(source, copy)
+        for path in copy.rglob("*"):
+            if path.is_file():
+                with open(path, "rb+") as file:
+                    flush_to_disk(file)
+        os.rename(copy, target)
+        flush_folder(target.parent)
+    shutil.rmtree(source)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -114,3 +116,35 @@ def test_a_link_as_target_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AtlasError, match="previous-1: files cannot be moved there"):
         complete_move(folder)
     assert os.listdir(outside) == []
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_folder_that_cannot_be_renamed_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    """As on an overlay file system, if the folder is in a lower layer."""
+    for name in ("tensorboard/deep", "tensorboard"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "events").write_bytes(name.encode())
+    rename, rmtree, removed = os.rename, shutil.rmtree, []
+
+    def other_layer(source: Path, target: Path) -> None:
+        if source == tmp_path / "tensorboard":
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        rename(source, target)
+
+    def kill(path: Path, **options: object) -> None:
+        if killed and path == tmp_path / "tensorboard" and not removed:
+            removed.append(path)
+            (path / "events").unlink()
+            raise Killed
+        rmtree(path, **options)
+
+    monkeypatch.setattr(moves.os, "rename", other_layer)
+    monkeypatch.setattr(moves.shutil, "rmtree", kill)
+    with suppress(Killed):
+        move_aside(tmp_path, run_files(tmp_path))
+    complete_move(tmp_path)
+    assert os.listdir(tmp_path) == ["previous-1"]
+    assert (tmp_path / "previous-1/tensorboard/events").read_bytes() == b"tensorboard"
+    assert (tmp_path / "previous-1/tensorboard/deep/events").read_bytes() == b"tensorboard/deep"
