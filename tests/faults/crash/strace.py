@@ -6,12 +6,14 @@ attached.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -70,12 +72,16 @@ class Call:
         return not any(os.path.isabs(path) for path in self.paths)
 
 
+@functools.cache
 def no_strace_because() -> str | None:
     """Why processes cannot be traced here; None if they can."""
     if shutil.which("strace") is None:
         return "no strace on this system"
     try:
-        status, _ = trace(lambda: 0, Path.cwd(), [])
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place, "empty")
+            folder.mkdir()
+            status, _ = trace(lambda: 0, folder, [])
     except RuntimeError as error:
         return str(error)
     return None if status == 0 else f"strace does not work here (status {status})"

@@ -17,7 +17,13 @@ from tests.faults.runs import Broken
 from tests.faults.syscalls import kill_at_each_call
 
 OVER_AN_OLDER = [PREPARATIONS[1]]
-needs_strace = pytest.mark.skipif(no_strace_because() is not None, reason="needs strace")
+needs_strace = pytest.mark.usefixtures("_strace")
+
+
+@pytest.fixture
+def _strace() -> None:
+    if reason := no_strace_because():
+        pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)
