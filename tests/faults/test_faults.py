@@ -91,6 +91,7 @@ def test_two_actors_in_one_folder(tmp_path: Path) -> None:
 
 
 @forking
+@pytest.mark.slow
 def test_changed_data_are_never_believed(tmp_path: Path) -> None:
     change_and_resume(tmp_path, rounds=5, seed=random.randrange(1 << 32))
 
