@@ -58,9 +58,8 @@ class DatasetVerifier:
 
     def _verify_quietly(self) -> None:
         if sys.platform == "linux":  # only Linux has a priority per thread
-            with suppress(
-                OSError
-            ):  # training gets a free core first, but hashing always gets a part of a core
+            # Training gets a free core first, but hashing always gets a part of a core.
+            with suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
         self._verify()
 

@@ -99,9 +99,8 @@ class FolderLock:
                 return
             if not os.path.lexists(self._path):
                 with suppress(CheckpointError):
-                    with suppress(
-                        OSError
-                    ):  # a save fails with the same error, and the next check locks again
+                    # After an `OSError`, a save fails with the same error, and the next check locks again.
+                    with suppress(OSError):
                         self._file = self._lock()
                     return
             raise CheckpointError(

@@ -85,7 +85,7 @@ class Judge:
         return _last_save(line for line in now if line not in old)
 
     def check(self, saved: int, *, is_over: bool = False) -> None:
-        """Check what a crash left in the current folder, then each command with which a user may go on from there."""
+        """Check what a crash left in the current folder, then each command that a user may run next."""
         self.after_crash(saved, is_over=is_over)
         crashed = Path.cwd()
         for number, action in enumerate((self._scene.resume, *self._scene.instead)):

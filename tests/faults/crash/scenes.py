@@ -54,7 +54,7 @@ def _known_speed() -> contextlib.AbstractContextManager[object]:
 
 @dataclass(frozen=True)
 class Scene:
-    """What lies in the current folder before, the command, and other commands with which a user may go on after a
+    """What lies in the current folder before, the command, and other commands that a user may run after a
     crash. `targets` are what the command makes, if it trains no run."""
 
     name: str
