@@ -298,7 +298,7 @@ def _no_memory_map(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_no_memory_map")
-@pytest.mark.parametrize("kind", ["f16", "f32"])
+@pytest.mark.parametrize("kind", ["f16", pytest.param("f32", marks=pytest.mark.slow)])
 def test_exporting_to_gguf(project: Project, best: dict[str, Any], kind: str) -> None:
     exported = project.run(EXPORT.replace("f16  # or f32", kind))
     assert exported.code == 0, exported.errors

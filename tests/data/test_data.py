@@ -283,7 +283,7 @@ def test_all_permutations_of_a_few_windows_are_equally_likely(windows: int) -> N
     assert abs(chi_square_excess(np.array(list(counts.values())))) < 4
 
 
-@pytest.mark.parametrize("windows", [6, 16, 17, 100, 300])
+@pytest.mark.parametrize("windows", [6, 16, 17, 100, pytest.param(300, marks=pytest.mark.slow)])
 def test_order_is_uniform_within_and_between_epochs(windows: int) -> None:
     epochs = SequenceOrder(2, windows)(np.arange(windows * 10_000)).reshape(-1, windows)
     first = np.bincount(epochs[:, 0], minlength=windows)

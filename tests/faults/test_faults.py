@@ -64,11 +64,11 @@ def test_a_disk_that_is_full_at_any_point_of_a_save(tmp_path: Path) -> None:
 
 
 def test_wrong_numbers_move_nothing(tmp_path: Path) -> None:
-    wrong_numbers(tmp_path, rounds=4, seed=random.randrange(1 << 32))
+    wrong_numbers(tmp_path, rounds=2, seed=random.randrange(1 << 32))
 
 
 def test_short_memory_changes_no_loss(tmp_path: Path) -> None:
-    short_memory(tmp_path, rounds=3, seed=random.randrange(1 << 32))
+    short_memory(tmp_path, rounds=1, seed=random.randrange(1 << 32))
 
 
 def test_the_worst_bodies_are_cheap_to_refuse() -> None:
@@ -87,7 +87,7 @@ def test_a_good_client_beside_abuse(tmp_path: Path) -> None:
 
 @forking
 def test_two_actors_in_one_folder(tmp_path: Path) -> None:
-    two_actors(tmp_path, histories=3, real=0, seed=random.randrange(1 << 32), runs=2)
+    two_actors(tmp_path, histories=1, real=0, seed=random.randrange(1 << 32), runs=1)
 
 
 @forking
@@ -126,7 +126,7 @@ def test_hangups_lose_nothing(tmp_path: Path) -> None:
     not sys.platform.startswith("linux"), reason="makes pipes, and gives up root's privileges"
 )
 def test_strange_files_stop_nothing(tmp_path: Path) -> None:
-    strange_files(tmp_path, rounds=6, seed=random.randrange(1 << 32))
+    strange_files(tmp_path, rounds=4, seed=random.randrange(1 << 32))
 
 
 @pytest.mark.slow
@@ -253,6 +253,7 @@ def test_two_writers_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     history.teardown()
 
 
+@pytest.mark.slow
 def test_going_on_from_an_older_checkpoint_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +263,7 @@ def test_going_on_from_an_older_checkpoint_is_noticed(
         corrupt_and_resume(tmp_path, rounds=3, seed=1, processes=False)
 
 
+@pytest.mark.slow
 def test_a_save_without_a_commit_point_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes written directly under their final name: a full disk in the middle leaves a partial file."""
 

@@ -101,7 +101,7 @@ LEARNING, WRITING = ".set.lock", ".set.preparing/journal.json"
 the text is read again."""
 
 
-@pytest.mark.parametrize("moment", [LEARNING, WRITING])
+@pytest.mark.parametrize("moment", [pytest.param(LEARNING, marks=pytest.mark.slow), WRITING])
 def test_sigterm_in_prepare_and_the_next_call_makes_the_same(moment: str, place: Path) -> None:
     folder = place / f"terminated-{moment[-8:]}"
     for _ in range(5):

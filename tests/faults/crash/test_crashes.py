@@ -34,6 +34,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.slow
 def test_a_kill_at_any_change_of_names_leaves_a_dataset(tmp_path: Path) -> None:
     kill_at_each_call(tmp_path, scenes=OVER_AN_OLDER, once_each=True, without_strace=True)
 
@@ -66,6 +67,7 @@ def test_every_kill_and_every_state(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.slow
 def test_a_replacement_in_pieces_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An older dataset that is removed before the new one is in its place."""
 
@@ -79,6 +81,7 @@ def test_a_replacement_in_pieces_is_noticed(tmp_path: Path, monkeypatch: pytest.
 
 
 @needs_strace
+@pytest.mark.slow
 def test_a_missing_flush_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workspace, "flush_to_disk", lambda file: None)
     with pytest.raises(Broken, match=r"older dataset: .* lost or wrong"):
