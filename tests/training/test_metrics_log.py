@@ -86,6 +86,16 @@ def test_a_kill_between_the_two_files_doubles_nothing(
     assert rewound(tmp_path, lines, 1) == (update(1), expected)
 
 
+def test_a_power_cut_in_the_file_of_lost_records_doubles_nothing(tmp_path: Path) -> None:
+    """It may leave any beginning of what was appended, while `metrics.jsonl` is as before."""
+    lines = [update(1), update(2), update(3), update(4)]
+    moved = b"".join(lines[1:])
+    for before in (b"", update(9)):
+        for length in range(len(moved) + 1):
+            (tmp_path / "metrics.lost.jsonl").write_bytes(before + moved[:length])
+            assert rewound(tmp_path, lines, 1) == (update(1), before + moved)
+
+
 def test_only_the_end_of_a_long_log_is_read(tmp_path: Path) -> None:
     lines = [update(step) for step in range(1, 400_001)]
     (tmp_path / "metrics.jsonl").write_bytes(b"".join(lines))

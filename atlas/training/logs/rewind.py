@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import mmap
 import os
+import re
 import shutil
 from pathlib import Path
 
 from atlas.files import check_regular, flush_to_disk, open_regular, replacing
 
 _LONGEST_RECORD = 64 << 20  # bytes
+_PROBE = 64  # bytes
 
 
 def rewind(metrics: Path, lost: Path, step: int) -> None:
     """Move the records after `step` from the file `metrics` to the end of the file `lost`.
 
     The records in `metrics` are in the order of their steps, except that the event of a save comes later. So only the
-    end of the file is read. The records are on the disk in `lost` before they leave `metrics`. If a kill comes between
-    the two, the next call does not append them again. Raises `OSError`.
+    end of the file is read. The records are on the disk in `lost` before they leave `metrics`. If a kill or a power
+    cut comes between the two, the next call does not append them again. Raises `OSError`.
     """
     if not os.path.lexists(metrics) or check_regular(metrics) == 0:
         return
@@ -64,12 +67,21 @@ def _kind_and_step(line: bytes) -> tuple[str, float]:
 
 
 def _append_once(path: Path, data: bytes) -> None:
-    """Append `data` to a file, unless the file already ends with `data`, and flush the file to the disk. If the last
-    line of the file is incomplete, end this line first."""
+    """Append `data` to a file, except what the end of the file already holds of it, and flush the file to the disk. A
+    power cut may have left the beginning of `data` there. If the last line of the file is incomplete for another
+    reason, end this line first."""
     with open_regular(path, "ab+") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - len(data)))
         tail = file.read()
-        if tail != data:
-            file.write(data if tail.endswith(b"\n") or not tail else b"\n" + data)
+        rest = data[_overlap(tail, data) :]
+        file.write(b"\n" + rest if rest == data and tail and not tail.endswith(b"\n") else rest)
         flush_to_disk(file)
+
+
+def _overlap(tail: bytes, data: bytes) -> int:
+    """Return how many bytes at the end of `tail`, from the beginning of a line, are the beginning of `data`."""
+    for start in itertools.chain([0], (newline.end() for newline in re.finditer(b"\n", tail))):
+        if tail.startswith(data[: min(_PROBE, len(tail) - start)], start) and data.startswith(tail[start:]):
+            return len(tail) - start
+    return 0
