@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import platformdirs
+import psutil
 
 from atlas.errors import AtlasError
 
@@ -54,12 +55,15 @@ _LOCAL_HEADER_BYTES = 30
 _NO_WAIT_NO_LINK = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)  # Windows has neither
 
 
-def local_path(option: str, place: str | Path) -> Path:
-    """Return `place`, the value of `option`, as a path to write to. Raises `AtlasError` if `place` is a URL.
+def was_url(place: str | Path) -> bool:
+    """Return whether a path is a URL. A URL that was converted to a `Path` has only one slash. A drive letter of
+    Windows, as in `C:/data`, is no URL."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:[/\\]", str(place)) is not None
 
-    A URL that was converted to a `Path` has only one slash. A drive letter of Windows, as in `C:/data`, is no URL.
-    """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:[/\\]", str(place)):
+
+def local_path(option: str, place: str | Path) -> Path:
+    """Return `place`, the value of `option`, as a path to write to. Raises `AtlasError` if `place` is a URL."""
+    if was_url(place):
         raise AtlasError(
             f"{option} {place}: is a URL, and Atlas writes only to the file system: give a path, such as the path at "
             "which this storage is mounted"
@@ -163,10 +167,13 @@ def flush_folder(folder: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, among_users_files: bool = False) -> Iterator[Path]:
     """Yield the path of a temporary file in the folder of `path`. When the context ends, flush the temporary file to
-    the disk and rename it to `path`. After an error, remove the temporary file instead."""
-    temporary = path.with_name(path.name + ".tmp")
+    the disk and rename it to `path`. After an error, remove the temporary file instead.
+
+    The temporary file is `PATH.tmp`, and replaces an older file of this name. In a folder `among_users_files`, it is a
+    new name instead, see `unused_name`."""
+    temporary = unused_name(path) if among_users_files else path.with_name(path.name + ".tmp")
     try:
         temporary.unlink(missing_ok=True)  # a link with that name would make Atlas write outside the folder
         yield temporary
@@ -178,18 +185,45 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def unused_name(path: Path) -> Path:
+    """Return a hidden name beside `path`, for a file or folder that will replace `path`. The name contains the number
+    of this process. What killed processes have left under such names is removed."""
+    own_name = re.compile(rf"\.{re.escape(path.name)}\.new-([0-9]+)-[0-9a-f]{{8}}")
+    for entry in path.parent.iterdir() if path.parent.is_dir() else ():
+        match = own_name.fullmatch(entry.name)
+        if match and not psutil.pid_exists(int(match[1])):
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    return path.with_name(f".{path.name}.new-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def place_of(folder: Path) -> Path:
+    """Return the folder to replace if a new folder shall take the place of `folder`: `folder` itself or, for a link,
+    the folder that it leads to. Raises `AtlasError` if that folder cannot be replaced."""
+    real = os.path.realpath(folder)
+    if os.path.ismount(real):
+        raise AtlasError(
+            f"{folder}: is the root of a disk or volume, which Atlas cannot replace: choose a folder in it"
+        )
+    if Path.cwd().is_relative_to(real):
+        raise AtlasError(
+            f"{folder}: is the folder in which this command runs, or contains it, and Atlas would replace it: choose "
+            "a folder in it, or run the command in another folder"
+        )
+    return Path(real) if folder.is_symlink() else folder
+
+
 def write_folder(folder: Path, names: Collection[str], write: Callable[[Path], None]) -> Path:
     """Create `folder` with the files `names`, and return `folder`. After an error, `folder` has none of the new files.
 
     `write` makes the files in a temporary folder. An existing folder that holds only files with these names is
     replaced, see `replace_folder`. Raises `AtlasError` if the folder holds other files or cannot be written.
     """
+    folder = place_of(folder)
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= set(names)):
         raise AtlasError(f"{folder}: exists and is not an exported model; choose another --output")
-    temporary = folder.with_name(folder.name + ".tmp")
+    temporary = unused_name(folder)
     try:
         with explain_failed_write(folder, "choose another place"):
-            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             write(temporary)
             for name in names:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
+import os
 import signal
 import sys
 import threading
@@ -62,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if invoked in _COMPUTE:
         set_up_process()
     try:
+        if invoked in _COMPUTE:
+            _require_current_folder()
         with _terminated_as_by_ctrl_c():
             code = _build_app(invoked)(args=argv, prog_name="atlas", standalone_mode=False)
         if sys.stdout:
@@ -154,6 +157,16 @@ def _aborted_by_ctrl_c(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Abort from None
 
     return run
+
+
+def _require_current_folder() -> None:
+    """Raise `AtlasError` if the current folder was removed, since PyTorch then cannot load its libraries."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise AtlasError(
+            "the current folder was removed or replaced: change to a folder that exists"
+        ) from None
 
 
 def _usage_problem(error: Exception, argv: Sequence[str], invoked: str | None) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from atlas.cli import options
-from atlas.cli.terminal import print_table, printable
+from atlas.cli.terminal import print_table, printable, say
 from atlas.errors import AtlasError
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def _bar(name: str) -> Callable[[Sequence[Any]], Iterable[Any]]:
 def _on_text(loaded: LoadedModel, data: str, batch_size: int, device: str, worst: int) -> None:
     from atlas.config.loader import resolve
     from atlas.data import resolve_data, validation_windows
+    from atlas.data.sequences.verify import DatasetVerifier
     from atlas.training.devices.device import setup_runtime
     from atlas.training.evaluate import evaluate as measure
     from atlas.training.loss import SummedLoss
@@ -102,9 +103,11 @@ def _on_text(loaded: LoadedModel, data: str, batch_size: int, device: str, worst
     stream = resolved.val or resolved.train
     dataset = validation_windows(stream, loaded.config)
     runtime = setup_runtime(resolve({"device": device, "training": {"precision": "fp32"}}))
+    verifier = DatasetVerifier(dataset.files)
     every, loss, track = range(len(dataset)), SummedLoss(loaded.model), _bar("evaluating")
     result = measure(loss, dataset, every, batch_size=batch_size, runtime=runtime, track=track)
     assert result is not None
+    verifier.confirm(say, "result")
     part = "validation part" if resolved.val else "full text"
     typer.echo(
         f"{data} ({part}), {result.tokens:,} tokens\n"

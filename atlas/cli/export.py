@@ -165,7 +165,10 @@ def _write_modelfile(file: Path, loaded: LoadedModel) -> None:
         f"PARAMETER num_ctx {loaded.config.model.max_seq_len}\n"
         "PARAMETER temperature 0.8\nPARAMETER top_k 50\nPARAMETER top_p 0.95\n"
     )
-    with explain_failed_write(target, "export into another folder"), replacing(target) as temporary:
+    with (
+        explain_failed_write(target, "export into another folder"),
+        replacing(target, among_users_files=True) as temporary,
+    ):
         temporary.write_bytes(content.encode("utf-8", "surrogateescape"))
     typer.echo(target)
 

@@ -97,7 +97,7 @@ def export_gguf(
         writer.add_tensor_info(tensor, weights.shape, np.dtype(np.float32), sizes[tensor], types[tensor])
     with explain_failed_write(output, "choose another place", kind=ExportError):
         _check_place(output, sum(sizes.values()))
-        with replacing(output) as temporary, closing(writer):
+        with replacing(output, among_users_files=True) as temporary, closing(writer):
             writer.write_header_to_file(temporary)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -242,6 +242,6 @@ def _check_place(output: Path, needed: int) -> None:
     free = shutil.disk_usage(output.parent).free
     if free < needed:
         raise ExportError(
-            f"{output}: needs {needed / 1e6:,.0f} MB, but only {free / 1e6:,.0f} MB are free on its disk; "
+            f"{output}: needs {needed / 1e6:,.1f} MB, but only {free / 1e6:,.1f} MB are free on its disk; "
             "free some space or choose another place"
         )

@@ -6,13 +6,14 @@ Atlas supports the model types `gpt2`, `llama` and `qwen3`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from atlas.config import ModelConfig
 from atlas.config.loader import resolve
-from atlas.errors import ConfigError, ExportError
+from atlas.errors import ConfigError, ExportError, first_line
 from atlas.export.architectures import (
     ROTATED,
     VOCABULARY_ROWS,
@@ -90,6 +91,16 @@ def import_safetensors(problem: str) -> Any:
     except ImportError:
         raise ExportError(f'{problem}; pip install "atlas-llm[hf]"') from None
     return safetensors
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file. Raises `OSError`, for which the package has an error of its own."""
+    import safetensors.torch
+
+    try:
+        safetensors.torch.save_file(dict(tensors), path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise OSError(first_line(error)) from None
 
 
 def names_of(config: ModelConfig) -> dict[str, str]:

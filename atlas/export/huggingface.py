@@ -15,7 +15,7 @@ import torch
 
 from atlas.errors import ExportError
 from atlas.export.architectures import exportable_tokenizer
-from atlas.export.hf_format import CLASSES, config_out, import_safetensors, state_out
+from atlas.export.hf_format import CLASSES, config_out, import_safetensors, save_tensors, state_out
 from atlas.files import encodable, write_folder
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ def export_hf(
     is a Jinja template. Raises `ExportError` if the format cannot hold the tokenizer or the model, or if `dtype` cannot
     hold the weights. Raises `AtlasError` if `folder` contains other files or cannot be written.
     """
-    safetensors = import_safetensors("--format hf: needs safetensors")
+    import_safetensors("--format hf: needs safetensors")
     folder = Path(folder)
     if not isinstance(tokenizer, ForeignTokenizer):
         exportable_tokenizer(tokenizer, model.config)
@@ -73,7 +73,7 @@ def export_hf(
             (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(folder / "tokenizer.json")
         (folder / "README.md").write_text(encodable(card), encoding="utf-8")
-        safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(tensors, folder / "model.safetensors")
         # safetensors creates a file that only its owner can read
         shutil.copymode(folder / "README.md", folder / "model.safetensors")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from atlas.config import LoraConfig, ModelConfig
 from atlas.errors import ExportError
 from atlas.export.architectures import separated
-from atlas.export.hf_format import import_safetensors, names_of
+from atlas.export.hf_format import import_safetensors, names_of, save_tensors
 from atlas.files import write_folder
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -36,7 +36,7 @@ def export_adapter(
     Raises `ExportError` if there are no low-rank updates. Raises `AtlasError` if `folder` contains other files or
     cannot be written.
     """
-    safetensors = import_safetensors("--format peft: needs safetensors")
+    import_safetensors("--format peft: needs safetensors")
     if not lora.rank:
         raise ExportError(
             "--format peft: all weights of this model were trained (lora.rank 0); use --format hf"
@@ -60,7 +60,7 @@ def export_adapter(
 
     def write(folder: Path) -> None:
         (folder / _FILES[0]).write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
-        safetensors.torch.save_file(tensors, folder / _FILES[1], metadata={"format": "pt"})
+        save_tensors(tensors, folder / _FILES[1])
         # safetensors creates a file that only its owner can read
         shutil.copymode(folder / _FILES[0], folder / _FILES[1])
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from atlas.data import IGNORE_INDEX, SequenceDataset, resolve_data
 from atlas.data.sequences.conversations import Conversations
+from atlas.data.sequences.verify import DatasetVerifier
 from atlas.errors import ExportError
 from atlas.export.llama_cpp import UNDERFLOW, ask_llama_cpp
 from atlas.model import AtlasLM
@@ -73,6 +74,7 @@ def sample_of(
     for number in fixed_subset(len(dataset), max(1, num_tokens // length)):
         inputs, targets = dataset[number]
         windows.append([int(inputs[0]), *targets[targets != IGNORE_INDEX].tolist()])
+    DatasetVerifier(dataset.files).confirm(lambda line: None)
     part = "validation part" if resolved.val else "full text"
     return Sample(f"{data} ({part})", windows, dataset.bytes_per_token, context)
 

@@ -35,7 +35,10 @@ def static_file(name: str) -> str:
 def write_report(path: Path, runs: Sequence[Run], *, refresh: int | None = None) -> None:
     """Write the report of `runs` to `path`, completely or not at all. With `refresh`, the page reloads itself every
     `refresh` seconds. Raises `AtlasError` if the file cannot be written."""
-    with explain_failed_write(f"--output {path}", "name another file"), replacing(path) as temporary:
+    with (
+        explain_failed_write(f"--output {path}", "name another file"),
+        replacing(path, among_users_files=True) as temporary,
+    ):
         temporary.write_text(render(runs, refresh=refresh), encoding="utf-8", errors="replace")
 
 

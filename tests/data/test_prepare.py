@@ -444,7 +444,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(
     assert main(["prepare", "--input", str(source), "--output", str(out)]) == 2
     error = capsys.readouterr().err
     assert re.fullmatch(
-        r"error: .*new.out: its disk has 0 MB free, but the tokens of .* need about 0 MB;.*\n", error
+        r"error: .*new.out: its disk has 0\.0 MB free, but the tokens of .* need about 0\.0 MB;.*\n", error
     )
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed + 100))

@@ -271,7 +271,7 @@ def test_too_little_disk_is_reported_before_anything_is_written(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: usage(0, 0, 50_000))
-    assert "0 MB are free" in refused(tmp_path, sharp_model(bpe), bpe)
+    assert "0.1 MB are free" in refused(tmp_path, sharp_model(bpe), bpe)
 
 
 def test_a_disk_that_fills_while_writing_leaves_the_old_file_intact(

@@ -30,7 +30,7 @@ from atlas.data.text.hashes import hashes_of
 from atlas.data.text.sources import SourceReport, Sources
 from atlas.data.text.stdin import spooled_standard_input
 from atlas.errors import AtlasError, DataError
-from atlas.files import cache_folder, local_path
+from atlas.files import cache_folder, explain_failed_write, local_path, place_of
 from atlas.progress import byte_progress, notify
 from atlas.tokenizer import STORED_AS_FILE, Tokenizer
 from atlas.tokenizer.bpe import check_vocab_size
@@ -113,7 +113,7 @@ def prepare(
     with _file_errors(), spooled_standard_input(inputs, output) as stdin:
         sources = Sources(inputs, text_field=text_field, trust_archives=trust_archives, stdin=stdin)
         preparation = _Preparation(sources, tokenizer, options, WorkerPool(workers, engine))
-        return preparation.run(target or default_output(sources))
+        return preparation.run(place_of(target or default_output(sources)))
 
 
 def prepare_text_cached(paths: Sequence[str | Path], tokenizer: Tokenizer, val_fraction: float) -> Path:
@@ -124,6 +124,10 @@ def prepare_text_cached(paths: Sequence[str | Path], tokenizer: Tokenizer, val_f
     with _file_errors():
         preparation = _Preparation(Sources(paths), tokenizer, _Options(val_fraction), WorkerPool())
         datasets = cache_folder() / "datasets"
+        with explain_failed_write(
+            datasets, "set ATLAS_CACHE_DIR to a folder that you may write to", kind=DataError
+        ):
+            datasets.mkdir(parents=True, exist_ok=True)
         places = [str(path) if is_url(path) else os.path.realpath(path) for path in paths]
         # The name of the work does not depend on the content of the files, which may be corrected before the next call.
         work = hashlib.sha256(json.dumps([places, preparation.work_key]).encode()).hexdigest()
@@ -370,8 +374,8 @@ def _require_space(sources: Sources, tokenizer: Tokenizer, output: Path, *, done
     free = shutil.disk_usage(output.absolute().parent).free
     if free < needed:
         raise DataError(
-            f"{output}: its disk has {free / 1e6:,.0f} MB free, but the tokens of {sources.names} need about "
-            f"{needed / 1e6:,.0f} MB; free some space, or choose a folder on another disk"
+            f"{output}: its disk has {free / 1e6:,.1f} MB free, but the tokens of {sources.names} need about "
+            f"{needed / 1e6:,.1f} MB; free some space, or choose a folder on another disk"
         )
     if needed >= _WORTH_PRINTING:
         notify(f"{output}: needs about {needed / 1e6:,.0f} MB of the {free / 1e6:,.0f} MB that are free")

@@ -17,7 +17,15 @@ import psutil
 
 from atlas.data.shards import MANIFEST, is_prepared
 from atlas.errors import DataError
-from atlas.files import flush_folder, flush_to_disk, read_limited, replace_folder, replacing, try_to_lock
+from atlas.files import (
+    explain_failed_write,
+    flush_folder,
+    flush_to_disk,
+    read_limited,
+    replace_folder,
+    replacing,
+    try_to_lock,
+)
 from atlas.progress import notify
 
 State = dict[str, Any]
@@ -58,7 +66,14 @@ def locked(output: Path) -> Iterator[None]:
     path = output.with_name(f".{output.name}.lock")
     lock = None
     try:
-        if (lock := try_to_lock(path)) is None:
+        with explain_failed_write(
+            output.parent,
+            "choose an --output in a folder that you may write to",
+            problem="the dataset cannot be made in this folder",
+            kind=DataError,
+        ):
+            lock = try_to_lock(path)
+        if lock is None:
             notify(f"{output}: another process prepares this dataset; waiting until that process is done")
         while lock is None:
             time.sleep(0.1)
@@ -86,6 +101,8 @@ class Workspace:
         self, folder: Path, key: str, is_usable: Callable[[State], bool] = lambda state: True
     ) -> None:
         """Resume from the last committed state that `is_usable`. Without such a state, the folder is emptied."""
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise DataError(f"{folder}: is not a folder that atlas prepare has made; remove it")
         self.folder, self.dataset = folder, folder / "dataset"
         self.key, self.journal = key, folder / "journal.json"
         states: list[State] = []
@@ -128,7 +145,7 @@ def building(
     After a kill, an interrupt or an error, the committed work stays for the next call with the same `key`. That call
     resumes from the last state that `is_usable`.
     """
-    output = output.absolute()
+    shown, output = output, output.absolute()
     clean_up(output)
     workspace = Workspace(work.absolute().with_name(f".{work.name}.preparing"), key, is_usable)
     replaced = output.with_name(f".{output.name}.replaced-{secrets.token_hex(4)}")
@@ -147,7 +164,7 @@ def building(
         if keep:
             tokens = workspace.state.get("tokens")
             size = f" ({tokens:,} tokens)" if tokens else ""
-            notify(f"{output}: the work so far{size} is kept; the same command resumes it")
+            notify(f"{shown}: the work so far{size} is kept; the same command resumes it")
         raise
     finally:
         if not keep:

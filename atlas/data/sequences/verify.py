@@ -1,4 +1,4 @@
-"""Verify the bytes of a run's dataset while the run trains."""
+"""Verify the bytes of a dataset while a run trains on it or an evaluation reads it."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class DatasetVerifier:
         if self._error:
             raise self._error
 
-    def confirm(self, say: Callable[[str], None]) -> None:
+    def confirm(self, say: Callable[[str], None], what: str = "checkpoint") -> None:
         """Wait until every file is verified. Raise `DataError` if a file has changed since it was prepared. A wait of
-        more than a second is reported with `say`.
+        more than a second is reported with `say`; `what` is that which waits.
 
         The bytes that the run has read up to now are then the bytes of the dataset: each file still has the size, the
         times and the inode that it had before its bytes were hashed.
@@ -50,7 +50,7 @@ class DatasetVerifier:
         if self._thread.is_alive():
             self._thread.join(_PATIENCE)
             if self._thread.is_alive():
-                say("the checkpoint waits until the bytes of the dataset are verified")
+                say(f"the {what} waits until the bytes of the dataset are verified")
                 self._thread.join()
         self.check()
         self._verify()

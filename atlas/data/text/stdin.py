@@ -29,7 +29,8 @@ def spooled_standard_input(inputs: Sequence[str | Path], output: str | Path | No
         yield None
         return
     if sys.stdin is None or sys.stdin.isatty():
-        raise DataError("-: standard input is a terminal; pipe text into it, or name a file")
+        state = "closed" if sys.stdin is None else "a terminal"
+        raise DataError(f"-: standard input is {state}; pipe text into it, or name a file")
     target = (DEFAULT_OUTPUT if output is None else Path(output)).absolute()
     made = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
