@@ -52,7 +52,7 @@ INSIDE = {
     "config": "fields renamed user_code < model < config < loader < presets reference",
     "tokenizer": "base < byte_level chat custom < bpe foreign gpt2 < load",
     "data": "shards",
-    "data.text": "archives decode demo hashes stdin < files wikipedia < documents < sources",
+    "data.text": "archives decode demo folders hashes stdin < files wikipedia < documents < sources",
     "data.prepare": "cleaning dedup listing shard_writer staleness workspace < split < batching tokenize "
     "train_tokenizer < merge ray_engine < workers < pipeline",
     "data.sequences": "dataset loader verify < packing < conversations < mixture open < build",

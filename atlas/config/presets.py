@@ -6,6 +6,7 @@ from pathlib import Path
 
 from atlas.config.loader import Layer, overlay, read_yaml
 from atlas.errors import ConfigError, did_you_mean
+from atlas.files import was_url
 
 _NAMES = ("nano", "modern-nano", "tiny", "modern", "small", "default", "large", "xlarge", "ultra")
 
@@ -42,6 +43,8 @@ def find_config(name_or_path: str | Path) -> Path:
         raise ConfigError(
             f"{path}: no such config file; to use the preset, give its name: --config {path.stem}"
         )
+    if was_url(path):
+        raise ConfigError(f"{path}: is a URL; download the config file, and give the path of the file")
     there = [str(other) for other in path.parent.glob("*.y*ml")]
     hint = did_you_mean(str(path), there, f"give a file, or a preset ({', '.join(_NAMES)})")
     raise ConfigError(f"{path}: no such config file; {hint}")

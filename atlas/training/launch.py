@@ -119,7 +119,7 @@ def _open_folder(
     with world.in_step():  # the other ranks write their logs to the folder, which now exists
         if world.is_first and start.set_aside:
             target = move_aside(start.folder, start.set_aside)
-            start.notes.append(f"{len(start.set_aside)} files of an earlier run moved to {target}")
+            start.notes.append(f"files of an earlier run: {len(start.set_aside)} moved to {target}")
         log = RunLog(start.folder, rank=world.rank)
         for note in start.notes:
             log.say(note)

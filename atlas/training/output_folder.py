@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from atlas.errors import AtlasError
@@ -14,8 +15,10 @@ from atlas.training.checkpoint.moves import JOURNAL
 _OWN_FOLDERS = {"tensorboard", "wandb"}
 _OWN_FILES = {"training.log", "config.yaml", "atlas.lock", "metrics.jsonl", "metrics.lost.jsonl", JOURNAL}
 _OWN_NAMES = {*_OWN_FILES, *_OWN_FOLDERS}
-_OWN_PREFIXES = ("atlas_", "metrics.jsonl", "metrics.lost.jsonl", "training.rank-")
-"""Names and prefixes of the files that a run writes to its output folder."""
+_OWN_PREFIXES = ("metrics.jsonl", "metrics.lost.jsonl", "training.rank-")
+_OF_CHECKPOINT = re.compile(r"atlas_.*\.(pt|json|tmp)|atlas_step_[0-9]+(-[0-9]+)?")
+"""The names of the files and folders that a run writes to its output folder. An `atlas_` alone does not make a name a
+run's: `atlas_model` and `atlas_model.gguf` are exports."""
 
 
 def claim(folder: Path) -> FolderLock:
@@ -52,7 +55,12 @@ def _refuse_strange_files(folder: Path) -> None:
 
 def _own_files(folder: Path) -> list[Path]:
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in paths if path.name in _OWN_NAMES or path.name.startswith(_OWN_PREFIXES)]
+    return [path for path in paths if is_run_file(path.name)]
+
+
+def is_run_file(name: str) -> bool:
+    """Return whether a run writes a file or folder of this name to its output folder."""
+    return name in _OWN_NAMES or name.startswith(_OWN_PREFIXES) or _OF_CHECKPOINT.fullmatch(name) is not None
 
 
 def run_files(folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from atlas.config import AtlasConfig
 from atlas.config.loader import Layer, overlay, resolve
 from atlas.config.user_code import refuse_unasked_code
 from atlas.data import ResolvedData
-from atlas.errors import AtlasError
+from atlas.errors import AtlasError, DataError
 from atlas.files import local_path
 from atlas.training.checkpoint.load import left_in_shards, load_checkpoint
 from atlas.training.checkpoint.locate import checkpoint_paths, find_checkpoint
@@ -29,7 +29,7 @@ from atlas.training.checkpoint.manifest import Manifest, read_manifest
 from atlas.training.checkpoint.moves import complete_move
 from atlas.training.checkpoint.validate import refuse_weights_that_are_not_finite
 from atlas.training.devices.world import ALONE, World, has_joined
-from atlas.training.output_folder import claim, has_checkpoint, run_files
+from atlas.training.output_folder import claim, has_checkpoint, is_run_file, run_files
 from atlas.training.run_config import with_data, with_written_length
 
 _DEFAULT_FOLDER = Path(AtlasConfig().checkpoint.output_dir)
@@ -145,7 +145,7 @@ def _decide(request: Request) -> Start:
     folder = named.folder if named else Path(resolve(request.explicit).checkpoint.output_dir)
     lock = claim(folder)
     with undone_after_error(lock):
-        moved_to = complete_move(folder)
+        moved_to = complete_move(folder, may_move=is_run_file)
         start = _from_named_checkpoint(request, named) if named else _from_folder(request, folder)
     start.lock = lock
     if moved_to:
@@ -253,6 +253,14 @@ def _start_over(request: Request, folder: Path) -> Start:
     return Start("fresh", config, data, folder, set_aside=run_files(folder), notes=list(data.notes))
 
 
+def _can_start_over(request: Request, folder: Path) -> bool:
+    try:
+        _start_over(request, folder)
+    except AtlasError:
+        return False
+    return True
+
+
 def _continue(request: Request, folder: Path, latest: tuple[Path, dict[str, Any]]) -> Start:
     """Return the `Start` that resumes the run in `folder` from the checkpoint `latest`. Raises `OtherRunError` if that
     run has another model, optimizer or dataset."""
@@ -265,6 +273,8 @@ def _continue(request: Request, folder: Path, latest: tuple[Path, dict[str, Any]
         _refuse_other_shape(config, contents, source)
         _refuse_other_optimizer(config, contents, source)
     except AtlasError as error:
+        if isinstance(error, DataError) and not _can_start_over(request, folder):
+            raise DataError(f"{error}. Atlas tried to resume the run in {folder}") from None
         raise OtherRunError(
             f"{error}. Atlas tried to resume the run in {folder}. For a new run, {remedy}"
         ) from None

@@ -35,7 +35,7 @@ ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.zst")
 ENDINGS = (*FORMATS, *COMPRESSED, ".zip", ".tar", ".tgz")
 _PART = re.compile(r"wiki_\d+")
 _BUFFER = 1 << 20
-_HTTP = ("http://", "https://")
+HTTP = ("http://", "https://")
 _HTTP_SECONDS = 60
 """A download fails if its server sends nothing for this many seconds."""
 
@@ -165,7 +165,7 @@ def open_root(root: str, *, seekable: bool = False) -> IO[bytes]:
     if not is_url(root):
         return open(root, "rb", buffering=0)  # the caller has a buffer
     with filesystem_of(root) as (filesystem, path):
-        in_one_request = {"block_size": 0} if root.startswith(_HTTP) and not seekable else {}
+        in_one_request = {"block_size": 0} if root.startswith(HTTP) and not seekable else {}
         return cast(IO[bytes], _Remote(root, filesystem.open(path, "rb", **in_one_request)))
 
 
@@ -178,7 +178,7 @@ def filesystem_of(url: str) -> Iterator[tuple[Any, str]]:
         import fsspec
 
         options: dict[str, Any] = {}
-        if url.startswith(_HTTP):
+        if url.startswith(HTTP):
             from aiohttp import ClientTimeout
 
             # By default, aiohttp ends each download after five minutes.

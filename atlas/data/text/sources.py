@@ -26,6 +26,7 @@ from atlas.data.text.documents import Group, SourceReport, holds_rows
 from atlas.data.text.files import (
     COMBINED,
     ENDINGS,
+    HTTP,
     Advance,
     TextFile,
     ending_of,
@@ -35,6 +36,7 @@ from atlas.data.text.files import (
     is_json,
     is_url,
 )
+from atlas.data.text.folders import files_below
 from atlas.data.text.hashes import hashes_of
 from atlas.data.text.stdin import STANDARD_INPUT
 from atlas.errors import AtlasError, DataError
@@ -86,6 +88,8 @@ class Sources:
         untrusted and the files outside may be private."""
         self.unreadable: list[str] = []
         """Subfolders that cannot be read, such as the `lost+found` of a disk."""
+        self.own_folders: list[str] = []
+        """Output folders of runs. Atlas does not read their logs as text."""
         self.in_own_order: list[str] = []
         """Compressed tars whose members are not sorted by name. Atlas reads these members in their stored order."""
         self._roots: dict[str, _Root] = {}
@@ -202,6 +206,7 @@ class Sources:
             (self.left_out, f"parts that hold the same text as {COMBINED} are left out"),
             (self.ignored, "files of other kinds are ignored"),
             (self.unreadable, "subfolders cannot be read and are left out"),
+            (self.own_folders, "output folders of atlas train are left out"),
             (
                 self.links_out,
                 "links that lead out of their folder are left out: give the paths that they point to",
@@ -229,13 +234,18 @@ class Sources:
             for match in sorted(found, key=_natural):
                 if Path(match).is_file():
                     yield from self._file(str(Path(match)), match, named=False)
+        elif path.exists():
+            raise DataError(
+                f"{given}: is a pipe or a device, which can be read only once; give it as standard input, with "
+                "--input - < FILE"
+            )
         else:
             raise DataError(f"{given}: {_why_missing(given)}")
 
     def _in_folder(self, folder: Path) -> Iterator[TextFile]:
         root, start = os.path.realpath(folder), "" if folder == Path() else str(folder)
         for name, entry in sorted(
-            _files_below(str(folder), self.unreadable), key=lambda found: _natural(found[0])
+            files_below(str(folder), self.unreadable, self.own_folders), key=lambda found: _natural(found[0])
         ):
             path, resolved = os.path.join(start, name), os.path.normpath(os.path.join(root, name))
             if entry.is_symlink():
@@ -292,6 +302,8 @@ class Sources:
             in_folder = not _PATTERN.search(path) and not filesystem.isfile(path)
             find = filesystem.find if in_folder else filesystem.glob
             found = find(path, detail=True)
+            if not found and url.startswith(HTTP):  # for which no answer at all looks like no file
+                filesystem.cat_file(path, start=0, end=1)
         files = {name: facts for name, facts in found.items() if facts.get("type") == "file"}
         if not files:
             raise DataError(f"{url}: no such file or folder; give {_KINDS}")
@@ -306,30 +318,6 @@ class Sources:
             elif full not in self._roots:
                 self._roots[full] = _Root(full, full, size)
                 yield file
-
-
-def _files_below(
-    folder: str, unreadable: list[str], prefix: str = ""
-) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Yield the files in a folder and its subfolders, each with its name relative to the folder. Hidden files and
-    folders are left out, and links to folders are not followed. A subfolder that cannot be read is added to
-    `unreadable`. Calls to `pathlib` would take most of the time."""
-    try:
-        scan = os.scandir(folder)
-    except PermissionError:
-        if not prefix:
-            raise
-        unreadable.append(encodable(folder))
-        return
-    with scan as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from _files_below(entry.path, unreadable, f"{prefix}{entry.name}/")
-            # `is_file` raises an error for a link to itself, and `isfile` returns False.
-            elif os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():
-                yield prefix + entry.name, entry
 
 
 def _has_format(file: TextFile, *, named: bool = False) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from atlas.errors import CheckpointError
+from atlas.files import was_url
 from atlas.training.checkpoint.manifest import Manifest, read_manifest, shards_of, sidecar_of, written_later
 
 _NAMES = {
@@ -58,6 +59,8 @@ def find_checkpoint(path: str | Path) -> Path:
         raise CheckpointError(
             f"{path}: is a folder; name a checkpoint in it, such as {path / 'atlas_best.pt'}"
         )
+    if was_url(path):
+        raise CheckpointError(f"{path}: is a URL; download the checkpoint, and give the path of the file")
     beside = sorted(p.name for p in path.parent.glob("*.pt"))
     below = sorted(map(str, path.parent.glob("*/atlas_best.pt")))
     hint = "train a model first (atlas train)"

@@ -37,6 +37,7 @@ class FolderLock:
         self._path = folder / "atlas.lock"
         places = [self._path, folder, *folder.parents]
         self._created = [place for place in places if not os.path.lexists(place)]
+        self._since = time.strftime("%Y-%m-%d %H:%M:%S")
         self._note = self._times = None
         self._mutex = threading.Lock()
         self._file: IO[bytes] | None = self._shared()
@@ -61,7 +62,7 @@ class FolderLock:
                 f"{self._folder}: another run is writing to this folder{_owner(self._path)}: wait until that "
                 "run ends, or choose another --output-dir"
             )
-        owner = {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        owner = {"process": os.getpid(), "host": platform.node(), "since": self._since}
         with suppress(OSError):  # on a full disk, the lock works without this note
             file.truncate(0)
             file.write(json.dumps(owner).encode("utf-8"))

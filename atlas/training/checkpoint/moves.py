@@ -7,11 +7,13 @@ folder completes it. Otherwise a checkpoint could be separated from its sidecar,
 from __future__ import annotations
 
 import errno
+import filecmp
 import itertools
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -46,13 +48,14 @@ def move_aside(folder: Path, files: Collection[Path]) -> Path:
             temporary.write_text(
                 _Journal(to=target.name, files=list(moved)).model_dump_json(), encoding="utf-8"
             )
-    complete_move(folder)
+    complete_move(folder, may_move=lambda name: True)
     return target
 
 
-def complete_move(folder: Path) -> Path | None:
+def complete_move(folder: Path, *, may_move: Callable[[str], bool]) -> Path | None:
     """Complete the move in the journal of `folder`, if there is one. Return the folder to which the files have moved.
-    Only the run that holds the folder's lock may call this function. Raises `CheckpointError`."""
+    Only the run that holds the folder's lock may call this function. Raises `CheckpointError`, also if a name in the
+    journal is not one that `may_move`: the folder may be a stranger's, and the file the user's own."""
     path = folder / JOURNAL
     with suppress(OSError):
         path.with_name(f"{JOURNAL}.tmp").unlink()  # a killed move left it; no file has moved yet
@@ -60,6 +63,8 @@ def complete_move(folder: Path) -> Path | None:
         return None
     try:
         journal = _Journal.model_validate_json(read_limited(path, limit=_LARGEST_JOURNAL))
+        if foreign := [name for name in journal.files if not may_move(name)]:
+            raise OSError(f"no run writes {foreign[0]}")
     except (OSError, ValidationError) as error:
         raise CheckpointError(
             f"{path}: is not the list of files that a move has left ({first_line(error)}): remove this file, or choose "
@@ -73,7 +78,7 @@ def complete_move(folder: Path) -> Path | None:
             raise OSError("is a link")
         for name in journal.files:
             if os.path.lexists(folder / name):
-                if os.path.isfile(target / name):
+                if os.path.lexists(target / name) and not _is_copy(target / name, folder / name):
                     raise FileExistsError(f"{name} is already there")
                 _move(folder / name, target / name)
         flush_folder(target)
@@ -81,6 +86,17 @@ def complete_move(folder: Path) -> Path | None:
         path.unlink()
         flush_folder(folder)
     return target
+
+
+def _is_copy(copy: Path, source: Path) -> bool:
+    """Return whether `copy` is a folder that has all files of the folder `source`, with the same bytes."""
+    files = [path for path in source.rglob("*") if path.is_symlink() or not path.is_dir()]
+    copies = [copy / path.relative_to(source) for path in files]
+    return (
+        all(path.is_dir() and not path.is_symlink() for path in (copy, source))
+        and all(path.is_file() and not path.is_symlink() for path in (*files, *copies))
+        and all(map(partial(filecmp.cmp, shallow=False), files, copies))
+    )
 
 
 def _move(source: Path, target: Path) -> None:

@@ -1,4 +1,5 @@
-"""Kills at system calls and power cuts in a short form; `-m slow` runs a longer one. See `tests/faults`."""
+"""Power cuts in a short form; `-m slow` runs a longer one, and kills at system calls. To run all of them:
+`python -m tests.faults.syscalls` and `python -m tests.faults.power`."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import pytest
 
 from atlas.data.prepare import workspace
 from tests.faults.crash.disk_model import Disk, Recording, crashes, replay
-from tests.faults.crash.scenes import PREPARATIONS, SCENES
+from tests.faults.crash.scenes import PREPARATIONS
 from tests.faults.crash.strace import no_strace_because, record
 from tests.faults.power import cut_the_power
 from tests.faults.runs import Broken
@@ -54,13 +55,6 @@ def test_a_kill_at_any_call_loses_nothing(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_power_cut_loses_nothing(tmp_path: Path) -> None:
     cut_the_power(tmp_path, most=20)
-
-
-@needs_strace
-@pytest.mark.slow
-def test_every_kill_and_every_state(tmp_path: Path) -> None:
-    kill_at_each_call(tmp_path / "kills", scenes=SCENES)
-    cut_the_power(tmp_path / "cuts", scenes=SCENES)
 
 
 # The harness itself notices faults

@@ -16,7 +16,7 @@ from atlas.errors import AtlasError
 from atlas.training.checkpoint import moves
 from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.checkpoint.moves import complete_move, move_aside
-from atlas.training.output_folder import run_files
+from atlas.training.output_folder import is_run_file, run_files
 from atlas.training.resume import Request, choose_start
 from tests.runs import layer, trained
 
@@ -57,7 +57,7 @@ def test_all_files_move_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     with suppress(Killed):
         move_aside(tmp_path, run_files(tmp_path))
     monkeypatch.undo()
-    complete_move(tmp_path)
+    complete_move(tmp_path, may_move=is_run_file)
     here = {name: content for name, content in files_in(tmp_path).items() if not name.endswith(".tmp")}
     there = files_in(tmp_path / "previous-1") if (tmp_path / "previous-1").exists() else {}
     assert before in (here, there)
@@ -71,7 +71,7 @@ def test_the_next_run_completes_a_move(
     folder = tmp_path / "run"
     explicit = layer(folder, text_file, checkpoint__save_interval=2)
     trained(explicit)
-    monkeypatch.setattr(moves, "complete_move", lambda folder: None)
+    monkeypatch.setattr(moves, "complete_move", lambda folder, **_: None)
     move_aside(folder, [folder / "atlas_step_4.pt", folder / "atlas_step_6.pt", folder / "atlas_best.pt"])
     monkeypatch.undo()
     os.rename(
@@ -91,6 +91,7 @@ def test_the_next_run_completes_a_move(
         {"to": "../previous-1", "files": []},
         {"to": "previous-1", "files": ["../secret"]},
         {"to": "previous-1", "files": ["a/b"]},
+        {"to": "previous-1", "files": ["thesis"]},
         {"to": "previous-1"},
         [],
     ],
@@ -101,7 +102,7 @@ def test_a_journal_from_a_stranger_moves_nothing_outside(tmp_path: Path, journal
     folder.mkdir()
     (folder / "moving.json").write_text(json.dumps(journal), encoding="utf-8")
     with pytest.raises(AtlasError, match=r"moving\.json: is not the list of files"):
-        complete_move(folder)
+        complete_move(folder, may_move=is_run_file)
     assert sorted(os.listdir(tmp_path)) == ["run", "secret"]
 
 
@@ -114,7 +115,7 @@ def test_a_link_as_target_is_refused(tmp_path: Path) -> None:
     journal = {"to": "previous-1", "files": ["atlas_best.pt"]}
     (folder / "moving.json").write_text(json.dumps(journal), encoding="utf-8")
     with pytest.raises(AtlasError, match="previous-1: files cannot be moved there"):
-        complete_move(folder)
+        complete_move(folder, may_move=is_run_file)
     assert os.listdir(outside) == []
 
 
@@ -144,7 +145,7 @@ def test_a_folder_that_cannot_be_renamed_is_copied(
     monkeypatch.setattr(moves.shutil, "rmtree", kill)
     with suppress(Killed):
         move_aside(tmp_path, run_files(tmp_path))
-    complete_move(tmp_path)
+    complete_move(tmp_path, may_move=is_run_file)
     assert os.listdir(tmp_path) == ["previous-1"]
     assert (tmp_path / "previous-1/tensorboard/events").read_bytes() == b"tensorboard"
     assert (tmp_path / "previous-1/tensorboard/deep/events").read_bytes() == b"tensorboard/deep"
