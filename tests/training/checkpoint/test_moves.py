@@ -119,6 +119,19 @@ def test_a_link_as_target_is_refused(tmp_path: Path) -> None:
     assert os.listdir(outside) == []
 
 
+@pytest.mark.parametrize("there", ["", "old", "new and more"])
+def test_a_folder_is_removed_only_where_its_copy_is_complete(tmp_path: Path, there: str) -> None:
+    for name, content in (("", "new"), ("previous-1", there)):
+        (tmp_path / name / "tensorboard").mkdir(parents=True)
+        if content:
+            (tmp_path / name / "tensorboard/events").write_text(content, encoding="utf-8")
+    journal = {"to": "previous-1", "files": ["tensorboard"]}
+    (tmp_path / "moving.json").write_text(json.dumps(journal), encoding="utf-8")
+    with pytest.raises(AtlasError, match="tensorboard is already there"):
+        complete_move(tmp_path, may_move=is_run_file)
+    assert (tmp_path / "tensorboard/events").read_text(encoding="utf-8") == "new"
+
+
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_folder_that_cannot_be_renamed_is_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
