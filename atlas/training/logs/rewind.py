@@ -33,9 +33,10 @@ def rewind(metrics: Path, lost: Path, step: int) -> None:
         start = end = len(records)
         is_behind = False
         while end and not is_behind:
-            start = records.rfind(b"\n", 0, end - 1) + 1
-            if end - start > _LONGEST_RECORD:
-                raise OSError(errno.EFBIG, f"has a line of {end - start:,} bytes", str(metrics))
+            earliest = max(0, end - _LONGEST_RECORD)
+            start = records.rfind(b"\n", earliest, end - 1) + 1
+            if start == 0 < earliest:
+                raise OSError(errno.EFBIG, f"has a line of more than {_LONGEST_RECORD:,} bytes", str(metrics))
             line = records[start:end]
             kind, its_step = _kind_and_step(line)
             if its_step <= step:
