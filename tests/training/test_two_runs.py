@@ -119,6 +119,8 @@ def test_a_removed_lock_is_taken_again(tmp_path: Path, text_file: Path, what: st
     result = train(run)
     assert result.step == 6
     assert result.saved[0].exists()
+    said = (folder / "training.log").read_text(encoding="utf-8")
+    assert said.count("atlas.lock was removed, perhaps with the folder; the run continues here") == 1
 
 
 @pytest.mark.parametrize("background", [False, True])

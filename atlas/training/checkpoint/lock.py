@@ -89,21 +89,22 @@ class FolderLock:
         except OSError:
             return True
 
-    def check(self) -> None:
+    def check(self) -> bool:
         """Raise `CheckpointError` if another run has taken the folder.
 
         This can happen only after the lock file was removed. If the file was removed and no other run has made a new
-        one, lock a new file.
+        one, lock a new file, and return True.
         """
         with self._mutex:
             if self.is_held:
-                return
+                return False
             if not os.path.lexists(self._path):
                 with suppress(CheckpointError):
                     # After an `OSError`, a save fails with the same error, and the next check locks again.
                     with suppress(OSError):
                         self._file = self._lock()
-                    return
+                        return True
+                    return False
             raise CheckpointError(
                 f"{self._folder}: another run has taken this folder, because atlas.lock was removed: this run ends "
                 "without another save. Use one --output-dir per run, and do not remove atlas.lock while a run is active"

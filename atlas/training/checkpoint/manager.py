@@ -184,8 +184,11 @@ class CheckpointManager:
 
     def check_lock(self) -> None:
         """Raise `CheckpointError` if another run has taken the folder."""
-        if self.lock:
-            self.lock.check()
+        if self.lock and self.lock.check():
+            self.say(
+                f"{self.folder}: atlas.lock was removed, perhaps with the folder; the run continues here, with a new "
+                "lock"
+            )
 
     def begin_shards(self, staged: Path, needed: int, step: int) -> bool:
         """Create the folder `staged` if there is enough space for a sharded checkpoint of `needed` bytes. Return
