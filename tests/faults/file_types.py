@@ -89,8 +89,14 @@ MORE_NAMES = {
 """Names besides those that the commands leave: of files that exist only for some time, or not in every run."""
 APPENDED = {"training.log", "metrics.jsonl", "metrics.lost.jsonl", "atlas.lock"}
 """Files that a run extends in place, so that another name of the file shows the new lines."""
-ALLOWED = {("text.txt", "1 GB"), ("cache/hashes.sqlite", "dangling link"), ("run/atlas.lock", "hard link")}
-"""A text may be huge, the cache is the user's own, and a lock's only content is who holds it."""
+ALLOWED = {
+    ("text.txt", "1 GB"),
+    ("data", "dangling link"),
+    ("cache/hashes.sqlite", "dangling link"),
+    ("run/atlas.lock", "hard link"),
+}
+"""A text may be huge, the output of `prepare` that the user names may be a link to a place that is not yet there, the
+cache is the user's own, and a lock's only content is who holds it."""
 
 
 # The kinds of files
