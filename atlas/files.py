@@ -185,6 +185,16 @@ def replacing(path: Path, *, among_users_files: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftover(path: Path) -> None:
+    """Remove a file, a link or a folder that a killed process has left. What cannot be removed stays. For a pipe,
+    `shutil.rmtree` would wait until another process opens its other end."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
 def unused_name(path: Path) -> Path:
     """Return a hidden name beside `path`, for a file or folder that will replace `path`. The name contains the number
     of this process. What killed processes have left under such names is removed."""
@@ -192,7 +202,7 @@ def unused_name(path: Path) -> Path:
     for entry in path.parent.iterdir() if path.parent.is_dir() else ():
         match = own_name.fullmatch(entry.name)
         if match and not psutil.pid_exists(int(match[1])):
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            remove_leftover(entry)
     return path.with_name(f".{path.name}.new-{os.getpid()}-{secrets.token_hex(4)}")
 
 
@@ -232,7 +242,7 @@ def write_folder(folder: Path, names: Collection[str], write: Callable[[Path], N
             flush_folder(temporary)
             replace_folder(temporary, folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_leftover(temporary)
     return folder
 
 
@@ -260,7 +270,7 @@ def replace_folder(new: Path, folder: Path) -> None:
         if aside.exists():
             aside.rename(new)
     flush_folder(folder.parent)
-    shutil.rmtree(new, ignore_errors=True)
+    remove_leftover(new)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -131,8 +131,8 @@ def config_flags(config: Path) -> list[str]:
     """The flags for a config file. Those of the code that the file names follow: Atlas does not import it otherwise."""
     explicit = yaml.safe_load(config.read_text(encoding="utf-8"))
     code = {
-        "data.tokenizer": explicit["data"].get("tokenizer"),
-        "training.loss": explicit["training"].get("loss"),
+        "data.tokenizer": explicit.get("data", {}).get("tokenizer"),
+        "training.loss": explicit.get("training", {}).get("loss"),
     }
     asked = [f"--set={key}={value}" for key, value in code.items() if value]
     return ["--config", str(config), *asked]

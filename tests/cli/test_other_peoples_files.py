@@ -17,6 +17,7 @@ from atlas.files import unused_name, write_folder
 from tests.conftest import corpus
 from tests.runs import layer, logged, trained
 
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="makes links and pipes")
 PREPARE = ("prepare", "--tokenizer", "tests.toy:tokenizer", "--input")
 
 
@@ -120,7 +121,6 @@ def test_the_current_folder_is_not_replaced(
     assert "is the root of a disk or volume" in error_of(capsys, *PREPARE, text_file, "--output", "/")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows keeps the folder in which a process runs")
 def test_a_folder_that_was_removed_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,6 +141,14 @@ def test_a_file_system_that_cannot_be_written_is_named_first(
     monkeypatch.setenv("ATLAS_CACHE_DIR", str(tmp_path / "file"))
     error = error_of(capsys, "train", "--train-data", text_file, "--output-dir", tmp_path / "run")
     assert "set ATLAS_CACHE_DIR to a folder that you may write to" in error
+
+
+def test_a_pipe_among_what_was_left_does_not_stop_the_next_call(tmp_path: Path, text_file: Path) -> None:
+    names = [".data.replaced-0123abcd", ".data.preparing-01", f".data.stdin-{2**31 - 1}"]
+    for name in names:
+        os.mkfifo(tmp_path / name)
+    assert atlas(*PREPARE, text_file, "--output", tmp_path / "data") == 0
+    assert not {*names} & {*os.listdir(tmp_path)}
 
 
 @pytest.mark.parametrize("kind", ["link", "file"])

@@ -22,6 +22,7 @@ from atlas.files import (
     flush_folder,
     flush_to_disk,
     read_limited,
+    remove_leftover,
     replace_folder,
     replacing,
     try_to_lock,
@@ -183,7 +184,7 @@ def remove_leftovers(output: Path, work: Path) -> None:
         if file := try_to_lock(lock):
             clean_up(output)
             if not (workspace / "dataset").exists():
-                shutil.rmtree(workspace, ignore_errors=True)
+                remove_leftover(workspace)
             if os.name == "nt":  # Windows cannot remove an open file
                 file.close()
             lock.unlink()
@@ -198,8 +199,5 @@ def clean_up(output: Path) -> None:
         match = own_name.fullmatch(folder.name)
         if match and match[1] == "replaced" and is_prepared(folder) and not output.exists():
             folder.rename(output)
-        elif match and match[2] == "stdin":
-            if not psutil.pid_exists(int(match[3])):
-                folder.unlink()
-        elif match:
-            shutil.rmtree(folder, ignore_errors=True)
+        elif match and not (match[2] and psutil.pid_exists(int(match[3]))):
+            remove_leftover(folder)

@@ -11,14 +11,13 @@ the file runs no code. The keys in the file are: `format_version`, `model_state_
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from atlas.errors import AtlasError
-from atlas.files import flush_folder
+from atlas.files import flush_folder, remove_leftover
 from atlas.training.checkpoint.atomic_write import (
     Abandoned,
     Pace,
@@ -269,10 +268,7 @@ class CheckpointManager:
         """Remove the temporary files and folders of an interrupted save. Only the run that holds the folder's lock may
         call this method."""
         for leftover in self.folder.glob("atlas_*.tmp"):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
+            remove_leftover(leftover)
 
 
 def _describe(

@@ -19,7 +19,14 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from atlas.errors import CheckpointError, first_line
-from atlas.files import explain_failed_write, flush_folder, flush_to_disk, read_limited, replacing
+from atlas.files import (
+    explain_failed_write,
+    flush_folder,
+    flush_to_disk,
+    read_limited,
+    remove_leftover,
+    replacing,
+)
 from atlas.training.checkpoint.manifest import FileName
 from atlas.training.checkpoint.retention import files_of
 
@@ -110,7 +117,7 @@ def _move(source: Path, target: Path) -> None:
         if error.errno != errno.EXDEV:
             raise
         copy = target.with_name(f"{target.name}.tmp")
-        shutil.rmtree(copy, ignore_errors=True)
+        remove_leftover(copy)
         shutil.copytree(source, copy)
         for path in copy.rglob("*"):
             if path.is_file():

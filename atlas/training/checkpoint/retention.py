@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from atlas.files import flush_folder
+from atlas.files import flush_folder, remove_leftover
 from atlas.training.checkpoint.atomic_write import replace_checkpoint
 from atlas.training.checkpoint.manifest import Manifest, checkpoint_size, read_manifest, shards_of, sidecar_of
 from atlas.training.checkpoint.validate import read_plain
@@ -94,11 +94,11 @@ def remove_folder(folder: Path) -> None:
     """Rename the folder, then remove it, so that neither a kill nor a power cut leaves an incomplete folder under the
     old name."""
     renamed = folder.with_name(folder.name + ".old.tmp")
-    shutil.rmtree(renamed, ignore_errors=True)
+    remove_leftover(renamed)
     if folder.exists():
         os.replace(folder, renamed)
         flush_folder(folder.parent)
-    shutil.rmtree(renamed, ignore_errors=True)
+    remove_leftover(renamed)
 
 
 def drop_optimizer_state(path: Path) -> None:
