@@ -174,6 +174,8 @@ class ForkedHistories(RuleBasedStateMachine):
         if self.is_sound:
             with self._recorded():
                 self.history.close(self._last)
+            if (done := self.scene.counts["histories"]) % 50 == 0:
+                print(f"actors: {done} histories", file=sys.stderr, flush=True)
 
     def _last(self) -> Actor:
         actor, process = self._fork("plain")
