@@ -1,7 +1,7 @@
 """Every kind of fault, for some minutes each, and all counts in one table.
 
 python -m tests.faults.report            many minutes
-python -m tests.faults.report --quick    about two
+python -m tests.faults.report --quick    some minutes
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def hostile_files(*, seconds: float, seed: int) -> Counts:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.report")
-    parser.add_argument("--quick", action="store_true", help="about two minutes")
+    parser.add_argument("--quick", action="store_true", help="some minutes")
     parser.add_argument(
         "--seed", type=int, default=random.randrange(1 << 32), help="left out, another each time"
     )
