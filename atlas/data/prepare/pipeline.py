@@ -101,7 +101,7 @@ def prepare(
     `trust_archives`, the function also raises `DataError` for an archive that may be a bomb.
     """
     options = _Options(val_fraction, shard_tokens, train_tokenizer, cleaning or Cleaning())
-    target = None if output is None else local_path("--output", output)
+    target = None if output is None else place_of(local_path("--output", output))
     if tokenizer and train_tokenizer:
         raise DataError(
             f"tokenizer {tokenizer.name}: cannot be combined with --train-tokenizer; give one of them"
@@ -110,10 +110,10 @@ def prepare(
         check_vocab_size(train_tokenizer)
     else:
         tokenizer = Tokenizer.wrap(tokenizer) if tokenizer else Tokenizer.gpt2()
-    with _file_errors(), spooled_standard_input(inputs, output) as stdin:
+    with _file_errors(), spooled_standard_input(inputs, target) as stdin:
         sources = Sources(inputs, text_field=text_field, trust_archives=trust_archives, stdin=stdin)
         preparation = _Preparation(sources, tokenizer, options, WorkerPool(workers, engine))
-        return preparation.run(place_of(target or default_output(sources)))
+        return preparation.run(target or place_of(default_output(sources)))
 
 
 def prepare_text_cached(paths: Sequence[str | Path], tokenizer: Tokenizer, val_fraction: float) -> Path:
