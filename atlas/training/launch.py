@@ -126,7 +126,14 @@ def _open_folder(
     config = start.config.replace("checkpoint", output_dir=str(start.folder))
     retention = config.checkpoint.model_dump(include={"keep_checkpoints", "max_total", "slim_old"})
     confirm = partial(verifier.confirm, log.say)
-    checkpoints = CheckpointManager(start.folder, say=log.say, lock=start.lock, confirm=confirm, **retention)
+    checkpoints = CheckpointManager(
+        start.folder,
+        say=log.say,
+        lock=start.lock,
+        is_untouched=log.is_untouched,
+        confirm=confirm,
+        **retention,
+    )
     if world.is_first:
         log.trackers = open_trackers(config, start.folder, log.say)
         checkpoints.clean()

@@ -18,6 +18,7 @@ from atlas.errors import AtlasError
 from atlas.files import try_to_lock
 from atlas.training import launch, resume
 from atlas.training.checkpoint.lock import FolderLock
+from atlas.training.logs.run_log import RunLog
 from atlas.training.resume import Request, choose_start
 from atlas.training.train import train
 from tests.runs import layer, on_updates, run_for, trained
@@ -144,6 +145,34 @@ def test_a_run_whose_folder_another_run_took_writes_nothing_more(
     with pytest.raises(AtlasError, match="another run has taken this folder"):
         train(run)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == taken[0]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_run_ends_if_both_locks_were_removed_and_another_run_wrote_meanwhile(
+    tmp_path: Path, text_file: Path, moved: bool
+) -> None:
+    """No lock file is left that could show it, but `training.log` does."""
+    folder = tmp_path / "run"
+    run = run_for(layer(folder, text_file))
+
+    def another_run() -> None:
+        lock = FolderLock(folder)
+        if moved:  # as --no-resume does
+            (folder / "training.log").rename(tmp_path / "training.log")
+        RunLog(folder).say("the first line of the other run")
+        lock.release()
+
+    def take() -> None:
+        if run.state.step == 3:
+            (folder / "atlas.lock").unlink()
+            in_another_process(another_run)
+            (folder / "atlas.lock").unlink()
+
+    on_updates(run, after=take)
+    with pytest.raises(AtlasError, match="another run has taken this folder"):
+        train(run)
+    assert not [*folder.glob("*.pt")]
+    assert not is_locked(folder)
 
 
 def test_a_save_does_not_touch_a_folder_that_another_run_took(tmp_path: Path, text_file: Path) -> None:

@@ -8,7 +8,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -89,22 +89,27 @@ class FolderLock:
         except OSError:
             return True
 
-    def check(self) -> bool:
+    def check(self, is_untouched: Callable[[], bool] = lambda: True) -> bool:
         """Raise `CheckpointError` if another run has taken the folder.
 
         This can happen only after the lock file was removed. If the file was removed and no other run has made a new
-        one, lock a new file, and return True.
+        one, lock a new file, and return True. `is_untouched` returns whether the folder shows no trace of another run,
+        whose lock file may have been removed too.
         """
         with self._mutex:
             if self.is_held:
                 return False
             if not os.path.lexists(self._path):
-                with suppress(CheckpointError):
-                    # After an `OSError`, a save fails with the same error, and the next check locks again.
-                    with suppress(OSError):
-                        self._file = self._lock()
+                try:
+                    self._file = self._lock()
+                except OSError:
+                    return False  # a save fails with the same error, and the next check locks again
+                except CheckpointError:
+                    pass
+                else:
+                    if is_untouched():
                         return True
-                    return False
+                    self.release()
             raise CheckpointError(
                 f"{self._folder}: another run has taken this folder, because atlas.lock was removed: this run ends "
                 "without another save. Use one --output-dir per run, and do not remove atlas.lock while a run is active"

@@ -58,7 +58,8 @@ class CheckpointManager:
 
     The constructor changes no file, so a manager can also be used only to read checkpoints. `say` is called with each
     line for the user. `lock` is the run's lock on the folder. Each save raises `CheckpointError` if another run has
-    taken the folder. `confirm` is called before a checkpoint gets its name, and raises `AtlasError` if the run must not
+    taken the folder. `is_untouched` returns whether the folder shows no trace of another run, for the case that the
+    lock was removed. `confirm` is called before a checkpoint gets its name, and raises `AtlasError` if the run must not
     commit the checkpoint.
     """
 
@@ -70,6 +71,7 @@ class CheckpointManager:
         max_total: int | None = None,
         slim_old: bool = False,
         lock: FolderLock | None = None,
+        is_untouched: Callable[[], bool] = lambda: True,
         confirm: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
@@ -78,6 +80,7 @@ class CheckpointManager:
         self.max_total = max_total
         self.slim_old = slim_old
         self.lock = lock
+        self.is_untouched = is_untouched
         self.confirm = confirm
         self.say = say
         self._reported_no_space = False
@@ -183,7 +186,7 @@ class CheckpointManager:
 
     def check_lock(self) -> None:
         """Raise `CheckpointError` if another run has taken the folder."""
-        if self.lock and self.lock.check():
+        if self.lock and self.lock.check(self.is_untouched):
             self.say(
                 f"{self.folder}: atlas.lock was removed, perhaps with the folder; the run continues here, with a new "
                 "lock"

@@ -74,6 +74,11 @@ class RunLog:
                 self._log.append(f"{now} {lost}: the run continues without it, and its log is in this file")
         self._log.append(f"{now} {line}")
 
+    def is_untouched(self) -> bool:
+        """Return whether `training.log` is as this run left it. Another run in this folder would have written to it, or
+        moved it away."""
+        return self._log.is_untouched()
+
     def rewind(self, step: int) -> None:
         """Move the records after `step` from `metrics.jsonl` to the end of `metrics.lost.jsonl`.
 
@@ -195,6 +200,20 @@ class _AppendedFile:
         self._waiting: list[str] = []
         self._is_full = False
         self._lock = threading.Lock()  # the thread that saves in the background also logs lines
+        self._left_as: tuple[int, int] | None = None  # inode and size after the last write
+        self._was_touched = False
+
+    def is_untouched(self) -> bool:
+        """Return whether no other process has replaced this file, or written to it, since the first line. A file that
+        was removed counts as untouched."""
+        with self._lock, suppress(OSError):
+            self._compare(self._path.stat())
+        self.write_waiting()  # lines of a signal handler that came meanwhile
+        return not self._was_touched
+
+    def _compare(self, found: os.stat_result) -> None:
+        if self._left_as and self._left_as != (found.st_ino, found.st_size):
+            self._was_touched = True
 
     def append(self, line: str) -> None:
         """Append a line to the file, or keep the line in memory until it can be written. A signal handler may call this
@@ -217,11 +236,14 @@ class _AppendedFile:
         # A path that is not UTF-8 has lone surrogates, which become escapes. JSON has the same escapes.
         data = "".join(lines).encode("utf-8", "backslashreplace")
         try:
+            with suppress(FileNotFoundError):
+                self._compare(self._path.stat())
             with open_regular(self._path, "ab", buffering=0) as file:
                 end = file.seek(0, os.SEEK_END)
                 if file.write(data) != len(data):
                     file.truncate(end)  # leave no incomplete line
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._left_as = os.fstat(file.fileno()).st_ino, end + len(data)
         except OSError as error:
             if not self._is_full:
                 self._say(f"{self._path}: cannot be written ({error.strerror}); its lines wait in memory")
