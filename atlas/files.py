@@ -6,26 +6,23 @@ limit, since the sizes in a file header may be false.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import io
 import itertools
 import os
 import re
-import secrets
 import shutil
 import stat
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 import platformdirs
-import psutil
 
 from atlas.errors import AtlasError
 
@@ -47,8 +44,6 @@ else:
 
 
 _CHUNK = 1 << 20
-_HERE, _RENAME_EXCHANGE = -100, 2
-"""AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2, see `man 2 rename`."""
 _HELD = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 """Error codes for a lock that another process holds."""
 _LOCAL_HEADER_BYTES = 30
@@ -99,6 +94,11 @@ def open_regular(path: Path, mode: str, **options: Any) -> IO[Any]:
     return open(path, mode, opener=opener, **options)
 
 
+def without_wait(name: str, flags: int) -> int:
+    """An opener for `open`. A pipe without a writer is then empty, and does not block."""
+    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+
+
 def _not_regular(path: Path) -> OSError:
     return OSError(errno.EINVAL, "is not a regular file", str(path))
 
@@ -138,7 +138,7 @@ def sha256_of(path: str | Path, advance: Callable[[int], None] = lambda done: No
     bytes."""
     digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=without_wait) as file:
             while chunk := file.read(_CHUNK):
                 digest.update(chunk)
                 advance(len(chunk))
@@ -167,13 +167,12 @@ def flush_folder(folder: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path, *, among_users_files: bool = False) -> Iterator[Path]:
+def replacing(path: Path, temporary: Path | None = None) -> Iterator[Path]:
     """Yield the path of a temporary file in the folder of `path`. When the context ends, flush the temporary file to
     the disk and rename it to `path`. After an error, remove the temporary file instead.
 
-    The temporary file is `PATH.tmp`, and replaces an older file of this name. In a folder `among_users_files`, it is a
-    new name instead, see `unused_name`."""
-    temporary = unused_name(path) if among_users_files else path.with_name(path.name + ".tmp")
+    The temporary file is `PATH.tmp` by default. It replaces an older file of this name."""
+    temporary = temporary or path.with_name(path.name + ".tmp")
     try:
         temporary.unlink(missing_ok=True)  # a link with that name would make Atlas write outside the folder
         yield temporary
@@ -193,94 +192,6 @@ def remove_leftover(path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink()
-
-
-def unused_name(path: Path) -> Path:
-    """Return a hidden name beside `path`, for a file or folder that will replace `path`. The name contains the number
-    of this process. What killed processes have left under such names is removed."""
-    own_name = re.compile(rf"\.{re.escape(path.name)}\.new-([0-9]+)-[0-9a-f]{{8}}")
-    for entry in path.parent.iterdir() if path.parent.is_dir() else ():
-        match = own_name.fullmatch(entry.name)
-        if match and not psutil.pid_exists(int(match[1])):
-            remove_leftover(entry)
-    return path.with_name(f".{path.name}.new-{os.getpid()}-{secrets.token_hex(4)}")
-
-
-def place_of(folder: Path) -> Path:
-    """Return the folder to replace if a new folder shall take the place of `folder`: `folder` itself or, for a link,
-    the folder that it leads to. Raises `AtlasError` if that folder cannot be replaced."""
-    real = os.path.realpath(folder)
-    if os.path.ismount(real):
-        raise AtlasError(
-            f"{folder}: is the root of a disk or volume, which Atlas cannot replace: choose a folder in it"
-        )
-    if Path.cwd().is_relative_to(real):
-        raise AtlasError(
-            f"{folder}: is the folder in which this command runs, or contains it, and Atlas would replace it: choose "
-            "a folder in it, or run the command in another folder"
-        )
-    return Path(real) if folder.is_symlink() else folder
-
-
-def write_folder(folder: Path, names: Collection[str], write: Callable[[Path], None]) -> Path:
-    """Create `folder` with the files `names`, and return `folder`. After an error, `folder` has none of the new files.
-
-    `write` makes the files in a temporary folder. An existing folder that holds only files with these names is
-    replaced, see `replace_folder`. Raises `AtlasError` if the folder holds other files or cannot be written.
-    """
-    folder = place_of(folder)
-    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= set(names)):
-        raise AtlasError(f"{folder}: exists and is not an exported model; choose another --output")
-    temporary = unused_name(folder)
-    try:
-        with explain_failed_write(folder, "choose another place"):
-            temporary.mkdir(parents=True)
-            write(temporary)
-            for name in names:
-                with open(temporary / name, "rb+") as written:
-                    flush_to_disk(written)
-            flush_folder(temporary)
-            replace_folder(temporary, folder)
-    finally:
-        remove_leftover(temporary)
-    return folder
-
-
-def replace_folder(new: Path, folder: Path) -> None:
-    """Rename the folder `new` to `folder`, and flush the rename to the disk. An existing `folder` is removed.
-
-    On Linux, the two folders are exchanged in one step, so that a kill leaves either the old `folder` or the new one.
-    Elsewhere, a kill can leave both under other names, `new` and `.NAME.replaced-X`. Raises `OSError`.
-    """
-    if not folder.exists():
-        new.rename(folder)
-    elif not _exchange(new, folder):
-        aside = folder.with_name(f".{folder.name}.replaced-{secrets.token_hex(4)}")
-        try:
-            folder.rename(aside)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            shutil.rmtree(folder)  # a folder in a lower layer of an overlay file system cannot be renamed
-        try:
-            new.rename(folder)
-        except OSError:
-            aside.rename(folder)
-            raise
-        if aside.exists():
-            aside.rename(new)
-    flush_folder(folder.parent)
-    remove_leftover(new)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchange the names of two folders in one step. If the system or the file system cannot do this, change nothing
-    and return False."""
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
-    if renameat2 is None:
-        return False
-    done: int = renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _RENAME_EXCHANGE)
-    return done == 0
 
 
 def try_to_lock(path: Path) -> IO[bytes] | None:

@@ -26,7 +26,7 @@ ROOMS = {
     "tokenizer": "errors files config",
     "data": "errors files config tokenizer",
     "data.text": "errors files progress data",
-    "data.prepare": "errors files process progress tokenizer data data.text",
+    "data.prepare": "errors files outputs process progress tokenizer data data.text",
     "data.sequences": "errors files progress config tokenizer data data.text data.prepare",
     "config": "errors files",
     "model": "errors config",
@@ -40,15 +40,15 @@ ROOMS = {
     "training.optimizers training.logs training.memory training.checkpoint",
     "planning": "errors machine config model training.devices training.optimizers training.memory",
     "inference": "errors config tokenizer model training.devices training.checkpoint",
-    "export": "errors files config tokenizer data data.sequences model training training.checkpoint inference",
-    "reporting": "errors files version config tokenizer data",
+    "export": "errors files outputs config tokenizer data data.sequences model training training.checkpoint inference",
+    "reporting": "errors files outputs version config tokenizer data",
     "serving": "errors version config tokenizer model inference export reporting",
-    "cli": "errors files streams machine process progress version config tokenizer data data.text data.prepare "
+    "cli": "errors files outputs streams machine process progress version config tokenizer data data.text data.prepare "
     "data.sequences model planning training.devices training.logs training.memory training.checkpoint training "
     "inference export reporting serving",
 }
 INSIDE = {
-    "": "errors machine process progress version < files streams",
+    "": "errors machine process progress version < files streams < outputs",
     "config": "fields renamed user_code < model < config < loader < presets reference",
     "tokenizer": "base < byte_level chat custom < bpe foreign gpt2 < load",
     "data": "shards",

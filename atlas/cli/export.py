@@ -15,7 +15,8 @@ from atlas.cli import options
 from atlas.cli.terminal import print_table, say
 from atlas.errors import AtlasError
 from atlas.export.quantize import Quantization
-from atlas.files import encodable, explain_failed_write, local_path, read_limited, replacing
+from atlas.files import encodable, explain_failed_write, local_path, read_limited
+from atlas.outputs import place_of_file, replacing_output
 
 if TYPE_CHECKING:
     from atlas.export.score import Sample
@@ -149,7 +150,7 @@ _LARGEST_MODELFILE = 1 << 20  # bytes
 def _write_modelfile(file: Path, loaded: LoadedModel) -> None:
     """Write a Modelfile for Ollama beside `file`. A chat model gets the chat template. For another model, the template
     is the unchanged prompt."""
-    target = file.with_name("Modelfile")
+    target = place_of_file(file.with_name("Modelfile"))
     problem = "is not a Modelfile"
     with explain_failed_write(target, "move this file, or export into another folder", problem=problem):
         is_foreign = target.exists() and not read_limited(target, limit=_LARGEST_MODELFILE).startswith(
@@ -167,7 +168,7 @@ def _write_modelfile(file: Path, loaded: LoadedModel) -> None:
     )
     with (
         explain_failed_write(target, "export into another folder"),
-        replacing(target, among_users_files=True) as temporary,
+        replacing_output(target) as temporary,
     ):
         temporary.write_bytes(content.encode("utf-8", "surrogateescape"))
     typer.echo(target)

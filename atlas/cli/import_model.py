@@ -83,7 +83,13 @@ def import_model(
     typer.echo(written)
 
 
-_LEFT_BY_A_KILL = {"atlas_writing.tmp", "atlas_best.pt.tmp", "atlas_best.json.tmp", "atlas_best.json"}
+_LEFT_BY_A_KILL = {
+    "atlas.lock",
+    "atlas_writing.tmp",
+    "atlas_best.pt.tmp",
+    "atlas_best.json.tmp",
+    "atlas_best.json",
+}
 """The files that a killed import can leave before `atlas_best.pt` exists."""
 
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from atlas.errors import AtlasError, DataError
-from atlas.files import check_regular, flush_to_disk, read_limited, sha256_of
+from atlas.files import check_regular, flush_to_disk, read_limited, sha256_of, without_wait
 from atlas.tokenizer import MAX_FILE_BYTES, STORED_AS_FILE, Tokenizer
 
 FORMAT_VERSION = 2
@@ -194,7 +194,7 @@ class TokenStream:
         values = np.empty(count, dtype)
         path = os.path.join(self.folder, name)  # faster than `pathlib`, which would take half of the time
         try:
-            with open(path, "rb", buffering=0) as file:
+            with open(path, "rb", buffering=0, opener=without_wait) as file:
                 if name not in self._header_bytes:
                     np.lib.format.read_magic(file)
                     np.lib.format.read_array_header_1_0(file)

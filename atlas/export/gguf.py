@@ -33,8 +33,9 @@ from atlas.export.architectures import (
 )
 from atlas.export.gguf_header import check_header
 from atlas.export.quantize import Quantization, as_type, check_available, file_type, num_bytes, tensor_type
-from atlas.files import explain_failed_write, replacing
+from atlas.files import explain_failed_write
 from atlas.model import AtlasLM
+from atlas.outputs import place_of_file, replacing_output
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
 
 _SIZES = {
@@ -96,8 +97,8 @@ def export_gguf(
         _check_range(tensor, weights, types[tensor])
         writer.add_tensor_info(tensor, weights.shape, np.dtype(np.float32), sizes[tensor], types[tensor])
     with explain_failed_write(output, "choose another place", kind=ExportError):
-        _check_place(output, sum(sizes.values()))
-        with replacing(output, among_users_files=True) as temporary, closing(writer):
+        _check_place(place_of_file(output), sum(sizes.values()))
+        with replacing_output(output) as temporary, closing(writer):
             writer.write_header_to_file(temporary)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()

@@ -16,8 +16,9 @@ import torch
 from atlas.errors import ExportError
 from atlas.export.architectures import exportable_tokenizer
 from atlas.export.hf_format import CLASSES, config_out, import_safetensors, save_tensors, state_out
-from atlas.files import encodable, write_folder
+from atlas.files import encodable
 from atlas.model import AtlasLM
+from atlas.outputs import write_folder
 from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.foreign import ForeignTokenizer
 

@@ -17,7 +17,7 @@ from atlas.config import LoraConfig, ModelConfig
 from atlas.errors import ExportError
 from atlas.export.architectures import separated
 from atlas.export.hf_format import import_safetensors, names_of, save_tensors
-from atlas.files import write_folder
+from atlas.outputs import write_folder
 
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from atlas.config import AtlasConfig
 from atlas.errors import ExportError
+from atlas.files import explain_failed_write
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
+from atlas.training.checkpoint.lock import FolderLock
 from atlas.training.checkpoint.manager import CheckpointManager
 from atlas.training.checkpoint.manifest import FORMAT_VERSION
 from atlas.training.state import TrainState
@@ -41,7 +43,15 @@ def save_imported(
         "machine": {},
     }
     problems: list[str] = []
-    written = CheckpointManager(folder, say=problems.append).save(contents, ["best"])
+    folder = Path(folder)
+    with explain_failed_write(folder, "choose another --output-dir", kind=ExportError):
+        lock = FolderLock(folder)
+    try:
+        if (folder / "atlas_best.pt").exists():  # another import was faster
+            raise ExportError(f"{folder}: is not empty; choose another --output-dir")
+        written = CheckpointManager(folder, lock=lock, say=problems.append).save(contents, ["best"])
+    finally:
+        lock.undo()
     if not written:
         raise ExportError(f"{folder}: {'; '.join(problems) or 'nothing could be written'}")
     return written[0]

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from atlas.files import explain_failed_write, replacing
+from atlas.files import explain_failed_write
+from atlas.outputs import replacing_output
 from atlas.reporting.runs import Run, chart_data, samples_by_prompt
 from atlas.version import __version__
 
@@ -37,7 +38,7 @@ def write_report(path: Path, runs: Sequence[Run], *, refresh: int | None = None)
     `refresh` seconds. Raises `AtlasError` if the file cannot be written."""
     with (
         explain_failed_write(f"--output {path}", "name another file"),
-        replacing(path, among_users_files=True) as temporary,
+        replacing_output(path) as temporary,
     ):
         temporary.write_text(render(runs, refresh=refresh), encoding="utf-8", errors="replace")
 

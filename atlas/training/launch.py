@@ -139,6 +139,7 @@ def _open_folder(
         checkpoints.clean()
         path = start.folder / "config.yaml"
         with explain_failed_write(path, "free some space, or choose another --output-dir"):
+            log.log_path.touch()  # shows that the next file is a run's
             with replacing(path) as temporary:
                 temporary.write_text(as_yaml(config), encoding="utf-8")
     return config, log, checkpoints

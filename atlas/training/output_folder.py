@@ -7,9 +7,9 @@ from pathlib import Path
 
 from atlas.errors import AtlasError
 from atlas.files import explain_failed_write
-from atlas.training.checkpoint.locate import checkpoint_paths
+from atlas.training.checkpoint.locate import checkpoint_paths, is_checkpoint_file
 from atlas.training.checkpoint.lock import FolderLock
-from atlas.training.checkpoint.manifest import sidecar_of, written_later
+from atlas.training.checkpoint.manifest import shards_of, sidecar_of, written_later
 from atlas.training.checkpoint.moves import JOURNAL
 
 _OWN_FOLDERS = {"tensorboard", "wandb"}
@@ -24,6 +24,7 @@ run's: `atlas_model` and `atlas_model.gguf` are exports."""
 def claim(folder: Path) -> FolderLock:
     """Lock the output folder, so that no other run changes the folder after the decision on how this run begins."""
     _refuse_strange_files(folder)
+    _refuse_foreign_config(folder)
     with explain_failed_write(folder, "choose another --output-dir"):
         return FolderLock(folder)
 
@@ -53,6 +54,15 @@ def _refuse_strange_files(folder: Path) -> None:
             raise AtlasError(f"{path}: {reason}, or choose another --output-dir")
 
 
+def _refuse_foreign_config(folder: Path) -> None:
+    """Raise `AtlasError` if the folder has a `config.yaml` that no run has written, since a run replaces this file."""
+    path = folder / "config.yaml"
+    if path.exists() and not (folder / "training.log").exists() and not checkpoint_paths(folder):
+        raise AtlasError(
+            f"{path}: was not written by a run, and a run would replace it: rename it, or choose another --output-dir"
+        )
+
+
 def _own_files(folder: Path) -> list[Path]:
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
     return [path for path in paths if is_run_file(path.name)]
@@ -64,5 +74,20 @@ def is_run_file(name: str) -> bool:
 
 
 def run_files(folder: Path) -> list[Path]:
-    """Return all files of the run in `folder`, except its lock and the temporary files of a killed save."""
-    return [path for path in _own_files(folder) if path.name != "atlas.lock" and path.suffix != ".tmp"]
+    """Return all files of the run in `folder`, except its lock and the temporary files of a killed save.
+
+    A user may have renamed a checkpoint. A file such as `atlas_notes.json` is not a run's, unless it describes a
+    checkpoint.
+    """
+    return [
+        path
+        for path in _own_files(folder)
+        if path.name != "atlas.lock"
+        and path.suffix != ".tmp"
+        and (path.suffix != ".json" or is_checkpoint_file(path.name) or _describes_checkpoint(path))
+    ]
+
+
+def _describes_checkpoint(sidecar: Path) -> bool:
+    checkpoint = sidecar.with_suffix("")
+    return sidecar.with_suffix(".pt").exists() or shards_of(checkpoint) is not None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -11,9 +13,15 @@ from pathlib import Path
 import pytest
 
 from atlas.cli import main
+from atlas.data import prepare
+from atlas.data.prepare import pipeline
 from atlas.data.shards import open_dataset
 from atlas.data.text.sources import SourceReport, Sources
-from atlas.files import unused_name, write_folder
+from atlas.errors import AtlasError, DataError
+from atlas.export.save_imported import save_imported
+from atlas.inference.load import load_model
+from atlas.outputs import unused_name, write_folder
+from atlas.training.checkpoint.lock import FolderLock
 from tests.conftest import corpus
 from tests.runs import layer, logged, trained
 
@@ -56,12 +64,21 @@ def test_an_export_removes_nothing_beside_its_place(tmp_path: Path, run: Path) -
 def test_only_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    running, killed = (f".model.new-{pid}-0123abcd" for pid in (os.getpid(), ended.pid))
-    for name in (running, killed, ".model.new-1-x", ".other.new-1-0123abcd"):
+    running, another = unused_name(tmp_path / "model").name, os.getppid()
+    pattern = running.replace(f"-{os.getpid()}-", "-{}-")
+    same_number = pattern.format(os.getpid()).replace(running[-8:], "0123abcd")  # as in a container
+    host = running.split("-")[1]
+    others = [
+        pattern.format(another),
+        pattern.format(ended.pid).replace(host, "0123abcd"),  # of another host, which shares the disk
+        ".model.new-1-x",
+        pattern.format(ended.pid).replace("model", "other"),
+    ]
+    for name in (running, pattern.format(ended.pid), same_number, *others):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
     assert not unused_name(tmp_path / "model").exists()
-    assert sorted(os.listdir(tmp_path)) == sorted([running, ".model.new-1-x", ".other.new-1-0123abcd"])
+    assert sorted(os.listdir(tmp_path)) == sorted([running, *others])
 
 
 def test_two_exports_into_one_folder_are_not_mixed(tmp_path: Path) -> None:
@@ -209,7 +226,7 @@ def test_a_run_in_the_folder_of_its_text_does_not_read_itself(tmp_path: Path, te
     sources = Sources([texts])
     assert [file.name for file in sources.files] == [str(texts / "river.txt")]
     assert sources.notes(SourceReport()) == [
-        f"1 output folders of atlas train are left out ({texts / 'run'} …)"
+        f"1 output folders of atlas train, or their files, are left out ({texts / 'run'} …)"
     ]
 
 
@@ -226,3 +243,140 @@ def test_an_evaluation_reads_the_bytes_that_were_prepared(
     error = error_of(capsys, *words)
     assert "val-00000.npy: its content changed since it was prepared" in error
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("how", ["folder", "pattern"])
+def test_a_run_whose_folder_is_that_of_its_text_can_be_resumed(
+    tmp_path: Path, text_file: Path, how: str
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    text_file.rename(folder / "river.txt")
+    text = folder if how == "folder" else folder / "*"
+    trained(layer(folder, text, training__max_steps=2))
+    _, result = trained(layer(folder, text, training__max_steps=4), resume="auto")
+    assert result.outcome == "finished"
+    assert [line["step"] for line in logged(folder)] == [1, 2, 3, 4]
+
+
+def test_a_sidecar_names_no_folder_but_that_of_a_sharded_checkpoint(tmp_path: Path, text_file: Path) -> None:
+    """Atlas removes the folders of old checkpoints."""
+    folder = tmp_path / "run"
+    trained(layer(folder, text_file, training__max_steps=2))
+    sidecar = json.loads((folder / "atlas_step_2.json").read_text(encoding="utf-8"))
+    (folder / "thesis").mkdir()
+    for place in (folder, folder / "thesis"):
+        (place / "chapter").write_text("mine", encoding="utf-8")
+    file = {"name": "chapter", "size": 4, "sha256": 64 * "0"}
+    for step, name in enumerate((".", "..", "thesis"), start=10):
+        forged = sidecar | {"step": step, "folder": name, "files": [file]}
+        (folder / f"atlas_step_{step}.json").write_text(json.dumps(forged), encoding="utf-8")
+    settings = {"training__max_steps": 20, "checkpoint__save_interval": 2, "checkpoint__keep_checkpoints": 1}
+    _, result = trained(layer(folder, text_file, **settings), resume="auto")
+    assert result.outcome == "finished"
+    assert (folder / "chapter").exists()
+    assert (folder / "thesis/chapter").exists()
+
+
+def test_a_save_removes_only_its_own_temporary_files(tmp_path: Path, text_file: Path) -> None:
+    folder = tmp_path / "run"
+    mine = ("atlas_keep.tmp/thesis", "atlas_step_2/thesis", "atlas_step_4.tmp/thesis")
+    for name in mine:
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("mine", encoding="utf-8")
+    (folder / "atlas_note.tmp").write_text("mine", encoding="utf-8")
+    (folder / "atlas_step_6.pt.tmp").write_text("left by a kill", encoding="utf-8")
+    settings = {"checkpoint__save_interval": 2, "checkpoint__format": "sharded"}
+    _, result = trained(layer(folder, text_file, training__max_steps=2, **settings))
+    assert all((folder / name).read_text(encoding="utf-8") == "mine" for name in (*mine, "atlas_note.tmp"))
+    assert not (folder / "atlas_step_6.pt.tmp").exists()
+    assert (folder / "atlas_step_2-2").is_dir()
+    assert "atlas_step_2" in {path.name for path in result.saved}
+
+
+def test_a_run_does_not_replace_a_config_of_the_user(tmp_path: Path, text_file: Path) -> None:
+    (tmp_path / "config.yaml").write_text("# my comment\n", encoding="utf-8")
+    with pytest.raises(AtlasError, match="was not written by a run"):
+        trained(layer(tmp_path, text_file))
+    assert os.listdir(tmp_path).count("atlas.lock") == 0
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "folder"])
+def test_an_export_replaces_only_files(
+    tmp_path: Path, run: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    if kind == "pipe":
+        os.mkfifo(output)
+    elif kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(str(output))
+    else:
+        output.mkdir()
+    words = ("export", "--checkpoint", run / "atlas_best.pt", "--output", output, "--no-verify")
+    assert "which Atlas does not replace" in error_of(capsys, *words)
+    assert not output.is_file()
+
+
+def test_an_export_writes_to_the_file_that_a_link_leads_to(tmp_path: Path, run: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    output = tmp_path / "m.gguf"
+    output.symlink_to("disk/m.gguf")
+    assert atlas("export", "--checkpoint", run / "atlas_best.pt", "--output", output, "--no-verify") == 0
+    assert output.is_symlink()
+    assert (tmp_path / "disk/m.gguf").read_bytes().startswith(b"GGUF")
+
+
+def test_a_folder_that_changes_while_an_export_writes_is_kept(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        for name in ("config.json", "b"):
+            (folder / name).write_text("new", encoding="utf-8")
+
+    target = tmp_path / "model"
+    write_folder(target, ("config.json", "b"), write)
+
+    def write_slowly(folder: Path) -> None:
+        write(folder)
+        (target / "thesis").write_text("mine", encoding="utf-8")
+
+    with pytest.raises(AtlasError, match="is not an exported model"):
+        write_folder(target, ("config.json", "b"), write_slowly)
+    assert (target / "thesis").read_text(encoding="utf-8") == "mine"
+    for name in ("b", "config.json", "thesis"):
+        (target / name).unlink()
+    (target / "b").write_text("a file of the user", encoding="utf-8")
+    with pytest.raises(AtlasError, match="is not an exported model"):
+        write_folder(target, ("config.json", "b"), write)
+
+
+def test_two_imports_into_one_folder_are_not_mixed(tmp_path: Path, run: Path) -> None:
+    loaded = load_model(run / "atlas_best.pt")
+    lock = FolderLock(tmp_path / "imported")
+    code = (
+        "import sys; from pathlib import Path; from atlas.export.save_imported import save_imported; "
+        "from atlas.inference.load import load_model; m = load_model(Path(sys.argv[1])); "
+        "save_imported(m.model, m.tokenizer, sys.argv[2], source='x')"
+    )
+    words = [sys.executable, "-c", code, str(run / "atlas_best.pt"), str(tmp_path / "imported")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert "another run is writing to this folder" in done.stderr
+    lock.undo()
+    save_imported(loaded.model, loaded.tokenizer, tmp_path / "imported", source="x")
+    assert sorted(os.listdir(tmp_path / "imported")) == ["atlas_best.json", "atlas_best.pt"]
+
+
+def test_a_text_that_changes_while_it_is_prepared_gives_no_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text(corpus(400), encoding="utf-8")
+    real = pipeline.Merger.finish
+
+    def change(self: pipeline.Merger) -> object:
+        os.utime(text, ns=(1, 1))
+        return real(self)
+
+    monkeypatch.setattr(pipeline.Merger, "finish", change)
+    with pytest.raises(DataError, match="was changed while Atlas read it"):
+        prepare([text], tmp_path / "data")
+    monkeypatch.undo()
+    assert prepare([text], tmp_path / "data").dataset.train.num_tokens > 0

@@ -18,6 +18,7 @@ from tests.faults.trajectory import Trajectory, hash_of
 
 _ENDS = (0, 2, 130)
 _BEGAN = re.compile(r"^model: [\d,]+ parameters|^nothing to do: the run is complete", re.M)
+_FINISHED = re.compile(r"^finished at step \d+", re.M)
 _COMPLETE = re.compile(r"^nothing to do: the run is complete at step (\d+)", re.M)
 
 
@@ -134,8 +135,10 @@ class FolderModel:
         code, said = actor.process.code, actor.process.said
         if "Traceback" in said:
             raise Broken(f"a traceback: {said[-600:]}")
-        if code is None or (code == -9 and actor.killed) or (code == -15 and not actor.trains):
+        if code is None or (code == -9 and actor.killed):
             return
+        if code == -15 and (not actor.trains or _FINISHED.search(said)):
+            return  # the signal came before the run or after it
         if code not in _ENDS:
             raise Broken(f"exit code {code}: {said[-300:]}")
         errors = [line for line in said.splitlines() if line.startswith("error:")]

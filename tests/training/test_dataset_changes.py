@@ -214,3 +214,41 @@ def test_a_damaged_cache_of_hashes_ends_no_run(dataset: Path, tmp_path: Path) ->
         wrong.execute("CREATE TABLE IF NOT EXISTS hashes (path BLOB PRIMARY KEY, stamp TEXT, sha256 TEXT)")
         wrong.execute("UPDATE hashes SET sha256 = 'wrong'")
     assert trained(run_on(dataset, tmp_path / "three"))[1].step == STEPS
+
+
+def test_bytes_that_are_changed_and_restored_between_two_saves_are_noticed(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hashing at the save alone would find the right bytes."""
+    monkeypatch.setattr(verify, "_INTERVAL", 0.05)
+    run = run_for(run_on(dataset, tmp_path / "run", checkpoint__save_interval=STEPS))
+    shard = dataset / "train-00000.npy"
+    before = shard.read_bytes()
+
+    def change() -> None:
+        if run.state.step == 3:
+            overwrite(shard)
+            deadline = time.monotonic() + 30
+            while run.data.verifier._error is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            shard.write_bytes(before)
+
+    on_updates(run, after=change)
+    with pytest.raises(AtlasError, match="its content changed"):
+        train(run)
+    assert not [*(tmp_path / "run").glob("*.pt")]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+def test_a_pipe_in_place_of_a_shard_ends_the_run(dataset: Path, tmp_path: Path) -> None:
+    run = run_for(run_on(dataset, tmp_path / "run"))
+
+    def change() -> None:
+        if run.state.step == 3:
+            for path in dataset.glob("train-?????.npy"):
+                path.unlink()
+                os.mkfifo(path)
+
+    on_updates(run, after=change)
+    with pytest.raises(AtlasError, match=r"cut during the run|changed since|cannot be read"):
+        train(run)

@@ -30,7 +30,8 @@ from atlas.data.text.hashes import hashes_of
 from atlas.data.text.sources import SourceReport, Sources
 from atlas.data.text.stdin import spooled_standard_input
 from atlas.errors import AtlasError, DataError
-from atlas.files import cache_folder, explain_failed_write, local_path, place_of
+from atlas.files import cache_folder, explain_failed_write, local_path
+from atlas.outputs import place_of
 from atlas.progress import byte_progress, notify
 from atlas.tokenizer import STORED_AS_FILE, Tokenizer
 from atlas.tokenizer.bpe import check_vocab_size
@@ -256,6 +257,9 @@ class _Preparation:
                 notify(f"{output}: {merger.tokens:,} tokens were done before; resuming after them")
             report = self._tokenize(merger, Encoder(tokenizer, options.cleaning, dtype.str), workspace)
             splits = merger.finish()
+        if changed := sources.changed_since_hashed():
+            workspace.discard()
+            raise DataError(f"{changed}: was changed while Atlas read it; run the command again")
         self._require_text(splits, merger.cleaned["short"].documents)
         facts = {"content_key": sources.content_key, "roots": roots_to_keep(sources)}
         Manifest(

@@ -23,10 +23,10 @@ from atlas.files import (
     flush_to_disk,
     read_limited,
     remove_leftover,
-    replace_folder,
     replacing,
     try_to_lock,
 )
+from atlas.outputs import replace_folder
 from atlas.progress import notify
 
 State = dict[str, Any]
@@ -122,6 +122,10 @@ class Workspace:
             self.journal.unlink(missing_ok=True)  # first, so that no journal describes files that are gone
             shutil.rmtree(folder, ignore_errors=True)
             self.dataset.mkdir(parents=True)
+
+    def discard(self) -> None:
+        """Forget the work, so that the next call starts over."""
+        self.journal.unlink(missing_ok=True)
 
     @property
     def state(self) -> State:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +17,9 @@ from atlas.errors import AtlasError, DataError
 from atlas.files import cache_folder, sha256_of
 
 _PATIENCE = 1.0  # seconds
+_INTERVAL = 2.0  # seconds
+_RARELY = 50
+"""The thread rests this many times as long as a look at all files takes."""
 _AT_ONCE = 16  # files per look into the cache of hashes
 
 
@@ -23,7 +28,9 @@ class DatasetVerifier:
     `confirm` before it commits a checkpoint.
 
     A file whose size, times and inode have not changed since an earlier verification is not read again, see
-    `hashes_of`. So only the first run on a dataset reads the complete dataset, beside its first updates.
+    `hashes_of`. So only the first run on a dataset reads the complete dataset, beside its first updates. Later, the
+    thread looks every `_INTERVAL` seconds whether a file was written, and verifies that file again. Without this, bytes
+    that were changed and restored between two saves would stay unnoticed.
     """
 
     def __init__(self, files: Sequence[tuple[Path, str]]) -> None:
@@ -31,9 +38,14 @@ class DatasetVerifier:
         self._files = files
         self._verified: dict[Path, str] = {}
         self._error: AtlasError | None = None
-        self._thread = threading.Thread(target=self._verify_quietly, name="atlas-verify", daemon=True)
+        self._is_done_once = threading.Event()
+        self._one_at_a_time = threading.Lock()
         if files:
-            self._thread.start()
+            threading.Thread(
+                target=_watch, args=(weakref.ref(self),), name="atlas-verify", daemon=True
+            ).start()
+        else:
+            self._is_done_once.set()
 
     def check(self) -> None:
         """Raise `DataError` if a file is already known to have changed."""
@@ -44,14 +56,12 @@ class DatasetVerifier:
         """Wait until every file is verified. Raise `DataError` if a file has changed since it was prepared. A wait of
         more than a second is reported with `say`; `what` is that which waits.
 
-        The bytes that the run has read up to now are then the bytes of the dataset: each file still has the size, the
-        times and the inode that it had before its bytes were hashed.
+        The bytes that the run has read up to now are then the bytes of the dataset, unless a file was changed and
+        restored again within the few seconds between two looks of the thread.
         """
-        if self._thread.is_alive():
-            self._thread.join(_PATIENCE)
-            if self._thread.is_alive():
-                say(f"the {what} waits until the bytes of the dataset are verified")
-                self._thread.join()
+        if not self._is_done_once.wait(_PATIENCE):
+            say(f"the {what} waits until the bytes of the dataset are verified")
+            self._is_done_once.wait()
         self.check()
         self._verify()
         self.check()
@@ -61,10 +71,23 @@ class DatasetVerifier:
             # Training gets a free core first, but hashing always gets a part of a core.
             with suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        try:
+            self._verify()
+        finally:
+            self._is_done_once.set()
+
+    def _look_again(self) -> float:
+        """Verify what has changed, and return the seconds until the next look."""
+        begun = time.monotonic()
         self._verify()
+        return max(_INTERVAL, _RARELY * (time.monotonic() - begun))
 
     def _verify(self) -> None:
         """Verify the files that have changed since they were last verified, or have not been verified yet."""
+        with self._one_at_a_time:
+            self._verify_changed()
+
+    def _verify_changed(self) -> None:
         try:
             stamps = [(path, sha256, stamp_of(path)[0]) for path, sha256 in self._files]
             unknown = [
@@ -85,6 +108,21 @@ class DatasetVerifier:
                 f"{error.filename}: cannot be read ({error.strerror}): the run cannot verify its dataset; restore the "
                 "file, then resume"
             )
+
+
+def _watch(verifier: weakref.ref[DatasetVerifier]) -> None:
+    """Verify the dataset as long as something uses the verifier, and no file has changed."""
+    seconds = _INTERVAL
+    if first := verifier():
+        first._verify_quietly()
+    del first
+    while True:
+        time.sleep(seconds)
+        found = verifier()
+        if found is None or found._error:
+            return
+        seconds = found._look_again()
+        del found
 
 
 def _changed_plan(path: Path) -> DataError:

@@ -78,6 +78,16 @@ def _open_cache() -> sqlite3.Connection:
     return cache
 
 
+def written_at(path: str | Path) -> tuple[int, int] | None:
+    """Return the size of a file and the time when it was last written, or None for a missing file. A new name, a link
+    or other permissions do not change it, and it stays the same if a network file system is mounted again."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
 def stamp_of(path: str | Path) -> tuple[str, float]:
     """Return a string that changes whenever the file changes, and the time of the file's last change."""
     status = os.stat(path)

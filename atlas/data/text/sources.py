@@ -36,8 +36,8 @@ from atlas.data.text.files import (
     is_json,
     is_url,
 )
-from atlas.data.text.folders import files_below
-from atlas.data.text.hashes import hashes_of
+from atlas.data.text.folders import files_below, is_of_a_run
+from atlas.data.text.hashes import hashes_of, written_at
 from atlas.data.text.stdin import STANDARD_INPUT
 from atlas.errors import AtlasError, DataError
 from atlas.files import encodable
@@ -94,6 +94,8 @@ class Sources:
         """Compressed tars whose members are not sorted by name. Atlas reads these members in their stored order."""
         self._roots: dict[str, _Root] = {}
         """Path or URL of each file or archive that Atlas reads → what is known of it."""
+        self._written: dict[str, tuple[int, int] | None] = {}
+        """Path → when each file on the disk was written, before Atlas hashed it."""
         self._resolved: set[str] = set()
         """The paths in `_roots` without links, to recognise a file that was given twice."""
         files = [file for path in self.paths for file in self._files_of(path)]
@@ -144,9 +146,15 @@ class Sources:
     def _hashes(self) -> dict[str, str]:
         """Path or URL of each file or archive → its hash."""
         on_disk = {path: root.size for path, root in self._roots.items() if not is_url(path)}
+        self._written = {path: written_at(path) for path in on_disk}
         with byte_progress(sum(on_disk.values()), "hashing the files") as advance:
             hashes = dict(zip(on_disk, hashes_of(on_disk, advance), strict=True))
         return {path: hashes[path] if path in hashes else _url_key(path) for path in self._roots}
+
+    def changed_since_hashed(self) -> str | None:
+        """Return the name of a file that was written, replaced or removed since Atlas hashed it, or None."""
+        changed = (path for path, before in self._written.items() if written_at(path) != before)
+        return next((self._roots[path].name for path in changed), None)
 
     @cached_property
     def content_key(self) -> str:
@@ -206,7 +214,7 @@ class Sources:
             (self.left_out, f"parts that hold the same text as {COMBINED} are left out"),
             (self.ignored, "files of other kinds are ignored"),
             (self.unreadable, "subfolders cannot be read and are left out"),
-            (self.own_folders, "output folders of atlas train are left out"),
+            (self.own_folders, "output folders of atlas train, or their files, are left out"),
             (
                 self.links_out,
                 "links that lead out of their folder are left out: give the paths that they point to",
@@ -232,7 +240,9 @@ class Sources:
             yield from self._file(str(path), path.name, named=True)
         elif _PATTERN.search(given) and (found := glob.glob(given, recursive=True)):
             for match in sorted(found, key=_natural):
-                if Path(match).is_file():
+                if is_of_a_run(match):
+                    self.own_folders.append(encodable(match))
+                elif Path(match).is_file():
                     yield from self._file(str(Path(match)), match, named=False)
         elif path.exists():
             raise DataError(

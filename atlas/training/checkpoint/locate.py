@@ -9,7 +9,14 @@ from typing import Any
 
 from atlas.errors import CheckpointError
 from atlas.files import was_url
-from atlas.training.checkpoint.manifest import Manifest, read_manifest, shards_of, sidecar_of, written_later
+from atlas.training.checkpoint.manifest import (
+    SHARDS,
+    Manifest,
+    read_manifest,
+    shards_of,
+    sidecar_of,
+    written_later,
+)
 
 _NAMES = {
     "step": "atlas_step_{step}",
@@ -24,6 +31,19 @@ order of kinds."""
 def checkpoint_name(kind: str, contents: Mapping[str, Any]) -> str:
     """The file name of a checkpoint of this kind, with the step and the epoch in `contents`."""
     return f"{_NAMES[kind].format_map(contents)}.pt"
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a save uses this name for an unfinished file or folder."""
+    return name == "atlas_writing.tmp" or (
+        name.endswith(".tmp") and is_checkpoint_file(re.sub(r"(\.old)?\.tmp$", "", name))
+    )
+
+
+def is_checkpoint_file(name: str) -> bool:
+    """Whether this is the name of a checkpoint, its sidecar, or the folder of a sharded checkpoint."""
+    stem = re.sub(r"\.(pt|json)$", "", name)
+    return kind_of(Path(stem)) is not None or re.fullmatch(SHARDS, stem) is not None
 
 
 def kind_of(path: Path) -> str | None:

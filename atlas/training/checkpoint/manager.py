@@ -28,7 +28,7 @@ from atlas.training.checkpoint.atomic_write import (
     write_tensors,
 )
 from atlas.training.checkpoint.load import left_in_shards, load_checkpoint
-from atlas.training.checkpoint.locate import checkpoint_name, kind_of, list_checkpoints
+from atlas.training.checkpoint.locate import checkpoint_name, is_temporary, kind_of, list_checkpoints
 from atlas.training.checkpoint.lock import FolderLock
 from atlas.training.checkpoint.manifest import (
     FileEntry,
@@ -42,6 +42,7 @@ from atlas.training.checkpoint.retention import (
     RESUMABLE,
     drop_optimizer_state,
     find_space,
+    has_only_shards,
     remove,
     remove_folder,
     surplus,
@@ -231,14 +232,16 @@ class CheckpointManager:
 
     def _free_folder(self, step: int) -> Path:
         """The path of a new folder for shards: `atlas_step_100`, or `atlas_step_100-2` and so on if a sidecar names the
-        first folder."""
+        first folder, or it contains other files."""
         named, number = {shards_of(path) for _, path in self.found()}, 1
         folder = self.folder / f"atlas_step_{step}"
-        while folder in named:
+        while True:
+            if folder not in named:
+                remove_folder(folder)  # a kill may have left a folder without a sidecar
+                if not os.path.lexists(folder):
+                    return folder
             number += 1
             folder = self.folder / f"atlas_step_{step}-{number}"
-        remove_folder(folder)  # a kill may have left a folder without a sidecar
-        return folder
 
     def _remove_surplus(self, kinds: list[str]) -> None:
         for kind in kinds:
@@ -271,7 +274,8 @@ class CheckpointManager:
         """Remove the temporary files and folders of an interrupted save. Only the run that holds the folder's lock may
         call this method."""
         for leftover in self.folder.glob("atlas_*.tmp"):
-            remove_leftover(leftover)
+            if is_temporary(leftover.name) and (not leftover.is_dir() or has_only_shards(leftover)):
+                remove_leftover(leftover)
 
 
 def _describe(

@@ -35,6 +35,9 @@ from atlas.files import encodable, read_limited, replacing, sha256_of
 FORMAT_VERSION = 1
 STATE_FILE = "state.json"
 """The file in a sharded checkpoint that contains everything except the tensors."""
+SHARDS = r"^atlas_step_[0-9]+(-[0-9]+)?$"
+"""The names of folders for sharded checkpoints. A sidecar can name no other folder, since Atlas removes the folders of
+old checkpoints."""
 LARGEST_COUNT = 2**48
 """The largest valid number of updates or sequences. A run of a million sequences per second reaches this number in nine
 years."""
@@ -45,8 +48,9 @@ _Loss = Annotated[float | None, AfterValidator(lambda loss: loss if math.isfinit
 """A loss or None. NaN and infinity become None, since JSON cannot represent them."""
 
 
-FileName = Annotated[str, Field(pattern=r"^[^/\\:\x00-\x1f]+$", max_length=255)]
+FileName = Annotated[str, Field(pattern=r"^\.{0,2}[^./\\:\x00-\x1f][^/\\:\x00-\x1f]*$", max_length=255)]
 """The name of a file, without a folder."""
+FolderName = Annotated[str, Field(pattern=SHARDS)]
 
 _Path = Annotated[
     str | None, BeforeValidator(lambda path: encodable(path) if isinstance(path, str) else path)
@@ -82,7 +86,7 @@ class Manifest(BaseModel):
     slim: bool = False
     """Whether the checkpoint has no optimizer state. Such a checkpoint can be loaded, but a run cannot resume from
     it."""
-    folder: FileName | None = None
+    folder: FolderName | None = None
     """The name of the folder with the files of a sharded checkpoint; None for a checkpoint in one file. Several
     checkpoints may share one folder."""
     files: tuple[FileEntry, ...] = Field(min_length=1, max_length=100_000)

@@ -4,6 +4,7 @@ removed."""
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ Found = Sequence[tuple[Manifest, Path]]
 RESUMABLE = 2
 """The number of step checkpoints, the newest ones, that keep their optimizer state. Atlas never removes these
 checkpoints to free the disk."""
+_SHARD = re.compile(r".*\.safetensors|state\.json|\.metadata|.*\.safetensors\.index\.json")
 
 
 class Space(NamedTuple):
@@ -92,13 +94,21 @@ def files_of(path: Path, *, among: Collection[Path] = ()) -> list[Path]:
 
 def remove_folder(folder: Path) -> None:
     """Rename the folder, then remove it, so that neither a kill nor a power cut leaves an incomplete folder under the
-    old name."""
+    old name. A folder with other files than those of a sharded checkpoint stays."""
     renamed = folder.with_name(folder.name + ".old.tmp")
-    remove_leftover(renamed)
-    if folder.exists():
+    if has_only_shards(renamed):
+        remove_leftover(renamed)
+    if has_only_shards(folder) and not renamed.exists():
         os.replace(folder, renamed)
         flush_folder(folder.parent)
-    remove_leftover(renamed)
+        remove_leftover(renamed)
+
+
+def has_only_shards(folder: Path) -> bool:
+    """Return whether a path is a folder with nothing but the files of a sharded checkpoint, complete or not."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return all(_SHARD.fullmatch(entry.name) and not entry.is_dir() for entry in folder.iterdir())
 
 
 def drop_optimizer_state(path: Path) -> None:
