@@ -45,6 +45,7 @@ COMMANDS = {
     "pipeline": "Run all steps from text to a model in one command.",
 }
 
+_IMPORT_SYSTEM = "<frozen importlib._bootstrap>"
 _COMPUTE = {"train", "generate", "look", "serve", "evaluate", "export", "import", "doctor", "pipeline"}
 FUNCTIONS = {"import": "import_model"}
 """Command → the name of its function and module, for commands whose name is a keyword of Python."""
@@ -90,10 +91,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _raise_interrupted(number: int, frame: FrameType | None) -> None:
+    if _is_importing(frame):
+        # The compiled code of PyTorch discards errors in imports, and would continue with half of a module.
+        os.write(2, b"interrupted\n")
+        os._exit(INTERRUPTED)
     if number == getattr(signal, "SIGHUP", None):
         # A shell and the system may both send it when a terminal closes.
         signal.signal(number, signal.SIG_IGN)
     raise Interrupted
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame and frame.f_code.co_filename != _IMPORT_SYSTEM:
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextmanager

@@ -186,7 +186,7 @@ def train_to_the_end(
     if not result.saved and world.is_first:
         raise AtlasError(
             f"{result.outcome} at step {result.step}, but this step could not be saved (see above); --resume auto "
-            "uses the newest saved checkpoint"
+            "uses the newest saved checkpoint, or starts over if there is none"
         )
     losses = {"loss": result.loss, "validation loss": result.val_loss}
     figures = "".join(f", {name} {value:.4f}" for name, value in losses.items() if value is not None)

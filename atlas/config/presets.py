@@ -45,6 +45,10 @@ def find_config(name_or_path: str | Path) -> Path:
         )
     if was_url(path):
         raise ConfigError(f"{path}: is a URL; download the config file, and give the path of the file")
+    if path.is_symlink():
+        raise ConfigError(
+            f"{path}: is a link to a file that does not exist; correct the link, or give the file"
+        )
     there = [str(other) for other in path.parent.glob("*.y*ml")]
     hint = did_you_mean(str(path), there, f"give a file, or a preset ({', '.join(_NAMES)})")
     raise ConfigError(f"{path}: no such config file; {hint}")

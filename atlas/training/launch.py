@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -119,7 +120,9 @@ def _open_folder(
     with world.in_step():  # the other ranks write their logs to the folder, which now exists
         if world.is_first and start.set_aside:
             target = move_aside(start.folder, start.set_aside)
-            start.notes.append(f"files of an earlier run: {len(start.set_aside)} moved to {target}")
+            start.notes.append(
+                f"{len(os.listdir(target)):,} files of the run in this folder moved to {target}"
+            )
         log = RunLog(start.folder, rank=world.rank)
         for note in start.notes:
             log.say(note)

@@ -274,7 +274,10 @@ def _continue(request: Request, folder: Path, latest: tuple[Path, dict[str, Any]
         _refuse_other_optimizer(config, contents, source)
     except AtlasError as error:
         if isinstance(error, DataError) and not _can_start_over(request, folder):
-            raise DataError(f"{error}. Atlas tried to resume the run in {folder}") from None
+            raise DataError(
+                f"{error}. Atlas tried to resume the run in {folder}; if its data has another place now, name it with "
+                "--train-data"
+            ) from None
         raise OtherRunError(
             f"{error}. Atlas tried to resume the run in {folder}. For a new run, {remedy}"
         ) from None

@@ -315,7 +315,7 @@ MISTAKES = {
         "--data gpt2": "gpt2: was prepared with tokenizer gpt2 … not with bpe … give the text",
         "--data own --no-verify": "--data: evaluates the file in llama.cpp … omit one of the two options",
         "--data own --format hf": "--data: is for GGUF … omit --data with --format hf",
-        "--output nothing": "nothing: cannot be written … choose another place",
+        "--output nothing": "nothing: is a folder, which Atlas does not replace: choose another name",
         "--output river.txt/model.gguf": "river.txt/model.gguf: cannot be written … choose another place",
     },
     "info": {

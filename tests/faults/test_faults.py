@@ -243,7 +243,7 @@ def test_a_checkpoint_that_its_sidecar_denies_is_noticed(tmp_path: Path) -> None
 
 @forking
 def test_two_writers_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FolderLock, "check", lambda self: None)
+    monkeypatch.setattr(FolderLock, "check", lambda self, is_untouched: None)
     history = type("History", (ForkedHistories,), {"scene": make_scene(tmp_path, runs=1)})()
     history.start("plain", 0, {"updates": 2})
     history.meddle("lock")

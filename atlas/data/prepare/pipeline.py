@@ -257,11 +257,14 @@ class _Preparation:
                 notify(f"{output}: {merger.tokens:,} tokens were done before; resuming after them")
             report = self._tokenize(merger, Encoder(tokenizer, options.cleaning, dtype.str), workspace)
             splits = merger.finish()
-        if changed := sources.changed_since_hashed():
-            workspace.discard()
-            raise DataError(f"{changed}: was changed while Atlas read it; run the command again")
         self._require_text(splits, merger.cleaned["short"].documents)
         facts = {"content_key": sources.content_key, "roots": roots_to_keep(sources)}
+        notes = [*sources.notes(report), *self._notes(splits, rule, tokenizer)]
+        if changed := sources.changed_since_hashed():
+            notes.append(
+                f"{changed}: was changed while Atlas read it; the next atlas prepare reads everything again"
+            )
+            key = hashlib.sha256(f"{key} {changed}".encode()).hexdigest()
         Manifest(
             version=FORMAT_VERSION,
             key=key,
@@ -270,7 +273,7 @@ class _Preparation:
             splits=splits,
             options=self.option_values,
             source=sources.description(report) | facts,
-            notes=[*sources.notes(report), *self._notes(splits, rule, tokenizer)],
+            notes=notes,
             cleaning=merger.cleaned,
         ).write(folder)
 

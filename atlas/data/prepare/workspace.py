@@ -123,10 +123,6 @@ class Workspace:
             shutil.rmtree(folder, ignore_errors=True)
             self.dataset.mkdir(parents=True)
 
-    def discard(self) -> None:
-        """Forget the work, so that the next call starts over."""
-        self.journal.unlink(missing_ok=True)
-
     @property
     def state(self) -> State:
         """The state from which this process resumes, or an empty one."""
