@@ -115,9 +115,11 @@ class FolderModel:
         others = [other for other in actors if other is not actor]
         self._check_process(actor)
         self._check_beginning(actor, others, before)
-        if actor.has_successor and actor.lost_at is not None:
+        if actor.lost_at is not None:
             for new in {*self.saved()} - {*before}:
-                if new.step > actor.lost_at:
+                for other in others:
+                    other.has_successor |= other.lives and other.lost_at is not None
+                if actor.has_successor and new.step > actor.lost_at:
                     raise Broken(
                         f"two writers: {new.name} of step {new.step} was saved by a process whose lock was removed at "
                         f"step {actor.lost_at}, and which has a successor"

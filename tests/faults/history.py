@@ -94,6 +94,8 @@ class History:
             (self.output / "atlas.lock").unlink(missing_ok=True)
             return
         self.model.is_cut = True
+        for actor in self.alive:
+            actor.has_successor = False  # no file is left that could show it: who saves first, continues
         if what == "folder":
             shutil.rmtree(self.output, ignore_errors=True)
             self.model.forget()
