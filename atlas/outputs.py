@@ -15,10 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
-
 from atlas.errors import AtlasError
 from atlas.files import explain_failed_write, flush_folder, flush_to_disk, remove_leftover, replacing
+from atlas.process import is_running
 
 _HERE, _RENAME_EXCHANGE = -100, 2
 """AT_FDCWD and RENAME_EXCHANGE of Linux's renameat2, see `man 2 rename`."""
@@ -41,7 +40,7 @@ def unused_name(path: Path) -> Path:
         match = own_name.fullmatch(entry.name)
         # In a container, each process of Atlas can have the same number as a killed one.
         if match and (
-            entry.name not in _made if int(match[1]) == os.getpid() else not psutil.pid_exists(int(match[1]))
+            entry.name not in _made if int(match[1]) == os.getpid() else not is_running(int(match[1]))
         ):
             remove_leftover(entry)
     name = f".{path.name}.new-{_host()}-{os.getpid()}-{secrets.token_hex(4)}"

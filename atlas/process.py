@@ -57,6 +57,18 @@ def abandon(thread: Thread, exit_code: int) -> None:
     atexit.register(leave)
 
 
+def is_running(process: int) -> bool:
+    """Return whether a process with this number exists and has not ended."""
+    import psutil
+
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
 def stop_signals() -> list[signal.Signals]:
     """Return the signals that ask a process to end: SIGINT, SIGTERM, SIGHUP and, on Windows, SIGBREAK. SIGHUP is left
     out if the process ignores it, as under `nohup`."""

@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from atlas.cli import main
@@ -382,3 +384,16 @@ def test_a_text_that_changes_while_it_is_prepared_is_never_called_unchanged(
     monkeypatch.undo()
     assert not prepare([text], tmp_path / "data").unchanged
     assert prepare([text], tmp_path / "data").unchanged
+
+
+def test_a_process_that_has_ended_but_was_not_collected_does_not_count_as_running(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    while psutil.Process(ended.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    (tmp_path / "t.txt").write_text(corpus(400), encoding="utf-8")
+    prepare([tmp_path / "t.txt"], tmp_path / "data")
+    left = tmp_path / f".data.stdin-{ended.pid}"
+    left.write_text("a copy of standard input", encoding="utf-8")
+    assert prepare([tmp_path / "t.txt"], tmp_path / "data").unchanged
+    assert not left.exists()
+    ended.wait()

@@ -13,8 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from atlas.data.shards import MANIFEST, is_prepared
 from atlas.errors import DataError
 from atlas.files import (
@@ -27,6 +25,7 @@ from atlas.files import (
     try_to_lock,
 )
 from atlas.outputs import replace_folder
+from atlas.process import is_running
 from atlas.progress import notify
 
 State = dict[str, Any]
@@ -177,8 +176,9 @@ def remove_leftovers(output: Path, work: Path) -> None:
     stays, and so does everything while another process prepares the dataset."""
     output, work = output.absolute(), work.absolute()
     workspace, lock = (work.with_name(f".{work.name}.{kind}") for kind in ("preparing", "lock"))
-    is_replaced = any(path.name.startswith(f".{output.name}.replaced-") for path in output.parent.iterdir())
-    if not (is_replaced or lock.exists() or workspace.exists()):
+    beginnings = (f".{output.name}.replaced-", f".{output.name}.stdin-")
+    has_leftovers = any(path.name.startswith(beginnings) for path in output.parent.iterdir())
+    if not (has_leftovers or lock.exists() or workspace.exists()):
         return
     with suppress(OSError):
         if file := try_to_lock(lock):
@@ -199,5 +199,5 @@ def clean_up(output: Path) -> None:
         match = own_name.fullmatch(folder.name)
         if match and match[1] == "replaced" and is_prepared(folder) and not output.exists():
             folder.rename(output)
-        elif match and not (match[2] and psutil.pid_exists(int(match[3]))):
+        elif match and not (match[2] and is_running(int(match[3]))):
             remove_leftover(folder)
