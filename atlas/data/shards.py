@@ -342,8 +342,8 @@ def _contradiction(manifest: Manifest) -> str | None:
     vocab_size, eos_id = tokenizer.get("vocab_size"), tokenizer.get("eos_id")
     if type(vocab_size) is not int or type(eos_id) is not int or not 0 <= eos_id < vocab_size <= 2**32:
         return f"tokenizer: vocab_size {vocab_size!r:.40} and eos_id {eos_id!r:.40} do not make a vocabulary"
-    if not isinstance(tokenizer.get("fingerprint"), str) or not isinstance(tokenizer.get("name"), str):
-        return "tokenizer: has no name and fingerprint"
+    if not all(isinstance(tokenizer.get(key), str) for key in ("kind", "name", "fingerprint")):
+        return "tokenizer: has no kind, name and fingerprint"
     if manifest.dtype != token_dtype(vocab_size).str:
         return f"dtype: {manifest.dtype!r:.20} does not fit a vocabulary of {vocab_size}"
     if "train" not in manifest.splits or not set(manifest.splits) <= {"train", "val"}:

@@ -155,6 +155,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_manifest(f, lambda c: c["tokenizer"].update(eos_id=5000)),
         "do not make a vocabulary",
     ),
+    "tokenizer of no kind": (
+        lambda f: edit_manifest(f, lambda c: c["tokenizer"].pop("kind")),
+        "has no kind, name and fingerprint",
+    ),
     "dtype that does not fit": (lambda f: edit_manifest(f, lambda c: c.update(dtype="<u4")), "does not fit"),
     "shard missing": (lambda f: (f / "train-00001.npy").unlink(), "missing from the dataset"),
     "shard cut short": (lambda f: os.truncate(f / "train-00000.npy", 300), "bytes instead of"),
