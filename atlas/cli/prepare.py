@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from atlas.data.shards import Manifest
 
 _INPUT_HELP = (
-    "Text: .txt, .md, .jsonl, .parquet (also .gz, .zst), .zip, .tar, a folder, a 'pattern*', an fsspec URL, or - for "
-    "standard input. The option may be repeated."
+    "Text: .txt, .md, .jsonl, .parquet (also .gz, .zst, .bz2, .xz), .zip, .tar, a folder, a 'pattern*', an fsspec URL, "
+    "or - for standard input. The option may be repeated."
 )
 _OUTPUT_HELP = (
     "The dataset's folder. Default: data/processed/wikipedia for the Kaggle archive, else data/processed/<name of the "
@@ -26,6 +26,11 @@ _OUTPUT_HELP = (
 _TOKENIZER_HELP = "gpt2 (default), a tokenizer.json or the folder with it, or package.module:factory."
 _TRAIN_HELP = "Train a byte-level BPE of N tokens on the training documents."
 _FIELD_HELP = "The field of a JSONL row, or the Parquet column, that contains the text."
+_SEPARATOR_HELP = (
+    "What separates the documents of a text file: a string such as '###' or '\\n\\n\\n', the word line, or re:PATTERN. "
+    "Default: <|endoftext|>, or lines that are %, if the text has them."
+)
+_ENCODING_HELP = "The encoding of all text files, such as cp1252. Default: UTF-8, or what the bytes show."
 _CLEAN_HELP = (
     "The cleaning steps, separated by commas: nfc, control, whitespace, duplicates; or the word none."
 )
@@ -62,6 +67,12 @@ def prepare(
         float, typer.Option(help=describe("data.val_fraction"), min=0, max=0.99, metavar="F")
     ] = 0.05,
     text_field: Annotated[str, typer.Option(help=_FIELD_HELP, metavar="NAME")] = "text",
+    separator: Annotated[
+        str | None, typer.Option(help=_SEPARATOR_HELP, metavar="TEXT", show_default=False)
+    ] = None,
+    encoding: Annotated[
+        str | None, typer.Option(help=_ENCODING_HELP, metavar="NAME", show_default=False)
+    ] = None,
     clean: Annotated[
         str, typer.Option(help=_CLEAN_HELP, metavar="STEP,…")
     ] = "nfc,control,whitespace,duplicates",
@@ -82,6 +93,7 @@ def prepare(
 
     from atlas.data.prepare.cleaning import Cleaning
     from atlas.data.prepare.pipeline import prepare as make_dataset
+    from atlas.data.text.documents import Reading
     from atlas.errors import AtlasError
     from atlas.tokenizer import Tokenizer
 
@@ -96,7 +108,7 @@ def prepare(
         Tokenizer.resolve(tokenizer) if tokenizer else None,
         train_tokenizer=train_tokenizer,
         val_fraction=val_fraction,
-        text_field=text_field,
+        reading=Reading(text_field, separator, encoding),
         cleaning=Cleaning(Cleaning.parse(clean), min_chars, near_dedup),
         workers=workers,
         engine=engine,

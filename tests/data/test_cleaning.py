@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from atlas.data import PreparedDataset, prepare
 from atlas.data.prepare.cleaning import Cleaning
 from atlas.data.prepare.dedup import SeenDigests
-from atlas.data.text import decode as text
+from atlas.data.text.formats import decode as text
 from atlas.errors import AtlasError
 from tests.archive import write_zip
 from tests.data.test_prepare import characters, documents_in

@@ -25,9 +25,9 @@ from pyarrow import parquet
 from atlas.data.sequences.open import resolve_data
 from atlas.data.text import documents as formats
 from atlas.data.text import hashes
+from atlas.data.text.formats.wikipedia import ArticleReport
 from atlas.data.text.hashes import hashes_of
-from atlas.data.text.sources import SourceReport, Sources
-from atlas.data.text.wikipedia import ArticleReport
+from atlas.data.text.sources import Reading, SourceReport, Sources
 from atlas.errors import AtlasError
 from atlas.files import sha256_of
 from tests.archive import ARTICLES, documents_of, kaggle_files, whole, write_folder, write_zip
@@ -256,7 +256,7 @@ def test_undecodable_bytes_in_parquet_are_counted(tmp_path: Path) -> None:
 def test_a_wrong_column_is_named(field: str, reason: str, tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", ["a"])
     with pytest.raises(AtlasError, match=reason):
-        documents_of(path, text_field=field)
+        documents_of(path, reading=Reading(field))
 
 
 def test_parquet_without_its_package_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -547,5 +547,5 @@ def test_a_row_that_is_too_long_is_refused(
 ) -> None:
     monkeypatch.setattr(formats, "_LONGEST_ROW", 100)
     (tmp_path / "a.jsonl.zst").write_bytes(zstd.compress(mark + b'{"text": "' + b"x" * 200 + b'"}'))
-    with pytest.raises(AtlasError, match=r"line 1: is longer than 100 bytes"):
+    with pytest.raises(AtlasError, match=r"line 1: is longer than 100 characters"):
         documents_of(tmp_path)

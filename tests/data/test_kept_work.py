@@ -20,6 +20,7 @@ from atlas.data.prepare.pipeline import prepare_text_cached
 from atlas.data.prepare.tokenize import Encoder
 from atlas.data.prepare.workspace import Workspace
 from atlas.data.text import files
+from atlas.data.text.formats import decode
 from atlas.errors import DataError
 from atlas.tokenizer import Tokenizer
 from tests.data.test_workers import bits, documents
@@ -34,6 +35,7 @@ def _small_sizes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(batching, "BATCH_CHARS", 3000)
     monkeypatch.setattr(pipeline, "_PROBE_CHARS", 3000)  # it would find an error before the work begins
     monkeypatch.setattr(files, "_BUFFER", 4096)
+    monkeypatch.setattr(decode, "_CHUNK_BYTES", 4096)
     monkeypatch.setenv("ATLAS_CACHE_DIR", str(tmp_path / "cache"))
 
 

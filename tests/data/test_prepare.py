@@ -26,7 +26,7 @@ from atlas.cli import main
 from atlas.data import PreparedDataset, open_dataset, prepare
 from atlas.data.prepare.cleaning import Cleaning
 from atlas.data.prepare.workspace import Workspace, building
-from atlas.data.text import decode as text
+from atlas.data.text.formats import decode as text
 from atlas.data.text.sources import Sources
 from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer

@@ -27,7 +27,7 @@ from atlas.data.prepare.workspace import State, Workspace, building, locked, ref
 from atlas.data.shards import FORMAT_VERSION, Manifest, PreparedDataset, open_dataset, token_dtype
 from atlas.data.text.files import is_url
 from atlas.data.text.hashes import hashes_of
-from atlas.data.text.sources import SourceReport, Sources
+from atlas.data.text.sources import Reading, SourceReport, Sources
 from atlas.data.text.stdin import spooled_standard_input
 from atlas.errors import AtlasError, DataError
 from atlas.files import cache_folder, explain_failed_write, local_path
@@ -84,7 +84,7 @@ def prepare(
     *,
     train_tokenizer: int | None = None,
     val_fraction: float = 0.05,
-    text_field: str = "text",
+    reading: Reading | None = None,
     shard_tokens: int = SHARD_TOKENS,
     cleaning: Cleaning | None = None,
     workers: int | None = None,
@@ -112,7 +112,7 @@ def prepare(
     else:
         tokenizer = Tokenizer.wrap(tokenizer) if tokenizer else Tokenizer.gpt2()
     with _file_errors(), spooled_standard_input(inputs, target) as stdin:
-        sources = Sources(inputs, text_field=text_field, trust_archives=trust_archives, stdin=stdin)
+        sources = Sources(inputs, reading=reading, trust_archives=trust_archives, stdin=stdin)
         preparation = _Preparation(sources, tokenizer, options, WorkerPool(workers, engine))
         return preparation.run(target or place_of(default_output(sources)))
 
@@ -164,7 +164,8 @@ class _Preparation:
     @cached_property
     def option_values(self) -> dict[str, Any]:
         """The options as `dataset.json` stores them."""
-        return asdict(self.options) | {"text_field": self.sources.text_field}
+        reading = {name: value for name, value in asdict(self.sources.reading).items() if value is not None}
+        return asdict(self.options) | reading
 
     @cached_property
     def key(self) -> str:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from atlas.data.prepare.cleaning import Cleaning
 from atlas.data.prepare.dedup import fractions
-from atlas.data.text.decode import Piece, last_word_end
+from atlas.data.text.formats.decode import Piece, last_word_end
 
 FEWEST_DOCUMENTS = 20
 """With fewer documents, Atlas cuts the text by position, since the sizes of a split by hash would depend on chance."""

@@ -21,9 +21,9 @@ from torch.utils.data import Dataset
 from atlas.data.prepare.dedup import fractions
 from atlas.data.sequences.dataset import IGNORE_INDEX
 from atlas.data.sequences.packing import pack
-from atlas.data.text.decode import replace_undecodable
-from atlas.data.text.documents import holds_rows, json_name, read_rows
+from atlas.data.text.documents import Reading, SourceReport, holds_rows, json_name, read_rows
 from atlas.data.text.files import TextFile, format_of, is_json
+from atlas.data.text.formats.decode import replace_undecodable
 from atlas.errors import DataError
 from atlas.progress import byte_progress
 from atlas.tokenizer import Tokenizer
@@ -77,7 +77,7 @@ def holds_conversations(path: str | Path) -> bool:
         return False
     if is_json(Path(path).name) and not holds_rows(_file(path), at_least=1):
         return False
-    _, first = next(_rows(path), ("", {}))
+    _, first = next(_rows(path, SourceReport()), ("", {}))
     return "text" not in first and ("messages" in first or "prompt" in first)
 
 
@@ -92,8 +92,9 @@ def read_conversations(
     chats: list[_Chat] = []
     digests = b""
     undecodable: list[int] = []
+    report = SourceReport()
     with byte_progress(Path(path).stat().st_size, "reading conversations") as advance:
-        read = (messages_of(row, place, undecodable.append) for place, row in _rows(path, advance))
+        read = (messages_of(row, place, undecodable.append) for place, row in _rows(path, report, advance))
         while some := [*itertools.islice(read, _ROWS_PER_STEP)]:
             digests += b"".join(
                 hashlib.blake2b(repr(messages).encode(), digest_size=16).digest() for messages in some
@@ -112,8 +113,9 @@ def read_conversations(
         f"{path}: {len(chats) - held_out.sum():,} conversations to train on, {held_out.sum():,} held out{none}; the "
         "loss counts only the answers"
     ]
-    if undecodable:
-        notes.append(f"{path}: {sum(undecodable):,} bytes are not UTF-8 and became U+FFFD")
+    if replaced := sum(undecodable) + report.undecodable.total():
+        notes.append(f"{path}: {replaced:,} bytes cannot be decoded and became U+FFFD")
+    notes += [f"{path}: is not UTF-8, and was decoded as {encoding}" for encoding in report.encodings]
     return train, val, notes
 
 
@@ -139,8 +141,10 @@ def _joined(name: str, chats: Iterable[_Chat], eos_id: int) -> Conversations:
     )
 
 
-def _rows(path: str | Path, advance: Any = lambda _: None) -> Iterator[tuple[str, dict[str, Any]]]:
-    return read_rows(_file(path), advance, like=_EXAMPLE)
+def _rows(
+    path: str | Path, report: SourceReport, advance: Any = lambda _: None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    return read_rows(_file(path), Reading(), report, advance, like=_EXAMPLE)
 
 
 def _file(path: str | Path) -> TextFile:

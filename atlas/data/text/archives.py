@@ -8,25 +8,18 @@ checks always apply.
 from __future__ import annotations
 
 import functools
-import gzip
 import re
 import stat
-import sys
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
+from atlas.data.text.formats import compression
 from atlas.errors import DataError
 from atlas.files import LimitedReads, check_regular, open_zip
-
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
 
 MAX_RATIO = 200
 """The largest allowed ratio of unpacked to packed bytes. Prose has 3 to 5, a log 10 to 50, a bomb 1,000 or more."""
@@ -40,13 +33,10 @@ _TRUSTED_DIRECTORY_LIMIT = 4 << 30
 _LONGEST_NAME = 1024
 _LARGEST_HEADER = 16 << 20
 _CHUNK = 1 << 20
-_MOST_WINDOW_BITS = 27
-"""A Zstandard stream may need a window of at most 128 MiB."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _IF_TRUSTED = "if you trust its origin, run atlas prepare with --trust-archives"
 
-_COMPRESSION_ERRORS = (gzip.BadGzipFile, zlib.error, zstd.ZstdError)
-DAMAGE = (*_COMPRESSION_ERRORS, zipfile.BadZipFile, tarfile.TarError, EOFError, UnicodeDecodeError)
+DAMAGE = (*compression.ERRORS, zipfile.BadZipFile, tarfile.TarError, EOFError, UnicodeDecodeError)
 """Exceptions that the readers of archives and compressed files raise for damaged files."""
 
 
@@ -76,7 +66,7 @@ def members_of(path: Path, *, trust: bool = False) -> list[Member]:
     Raises `DataError` for a file that is not a complete archive or is not safe to read. Unless `trust`, the function
     also raises `DataError` for an archive that is too large or may be a bomb.
     """
-    members = _checked_zip(path, trust) if path.suffix.lower() == ".zip" else _checked_tar(path, trust)
+    members = _checked_zip(path, trust) if _is_zip(path) else _checked_tar(path, trust)
     # If several members have the same name, the last one counts.
     return list({member.name: member for member in members}.values())
 
@@ -84,7 +74,15 @@ def members_of(path: Path, *, trust: bool = False) -> list[Member]:
 def is_in_own_order(path: Path) -> bool:
     """Return whether an archive is a compressed tar. Atlas reads the members of such an archive in their stored order,
     because a backward seek would decompress the archive from its start."""
-    return path.suffix.lower() not in (".zip", ".tar")
+    with path.open("rb") as file:
+        return compression.compression_of(file.read(8)) is not None
+
+
+def _is_zip(path: Path) -> bool:
+    """Return whether a file is named like a zip archive, or begins as one."""
+    check_regular(path)
+    with path.open("rb") as file:
+        return path.suffix.lower() == ".zip" or file.read(4) == b"PK\x03\x04"
 
 
 def open_member(root: str, name: str) -> IO[bytes]:
@@ -101,27 +99,15 @@ def _opener(path: Path, _stamp: tuple[int, int]) -> Callable[[str], IO[bytes] | 
     The function is cached, since reading the directory of a large archive takes long. `_stamp` is the size and time of
     the archive, so that a changed archive is opened again.
     """
-    if path.suffix.lower() == ".zip":
+    if _is_zip(path):
         return open_zip(path, directory_limit=_TRUSTED_DIRECTORY_LIMIT).open
     tar = _open_tar(path)
     by_name = {member.name: member for member in tar}  # `tarfile` itself would search all members
     return lambda name: tar.extractfile(by_name[name])
 
 
-def decompressed(stream: IO[bytes], name: str) -> IO[bytes]:
-    """Return a stream of the decompressed content of `stream`, or `stream` itself if `name` has no compression ending.
-    Decompression uses limited memory."""
-    opened: Any = stream
-    if name.lower().endswith((".gz", ".tgz")):
-        opened = gzip.GzipFile(fileobj=stream)
-    elif name.lower().endswith(".zst"):
-        options = {int(zstd.DecompressionParameter.window_log_max): _MOST_WINDOW_BITS}
-        opened = zstd.ZstdFile(stream, options=options)
-    return cast(IO[bytes], opened)
-
-
 def _open_tar(path: Path) -> tarfile.TarFile:
-    stream = decompressed(path.open("rb"), path.name)
+    stream = compression.decompressed(path.open("rb"), path.name)
     return tarfile.open(fileobj=LimitedReads(stream, _LARGEST_HEADER), mode="r:")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import io
 import itertools
 import json
 from collections import Counter
@@ -14,13 +13,21 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from atlas.data.text.decode import Piece, as_document, is_utf16, read_text, replace_undecodable
 from atlas.data.text.files import Advance, TextFile, open_root
-from atlas.data.text.wikipedia import ArticleReport, has_titles, split_articles
+from atlas.data.text.formats import separators
+from atlas.data.text.formats.decode import (
+    Decoding,
+    Piece,
+    as_document,
+    lines_of,
+    read_text,
+    replace_undecodable,
+)
+from atlas.data.text.formats.wikipedia import ArticleReport, has_titles, split_articles
 from atlas.errors import DataError, first_line
 
 _LONGEST_ROW = 64 << 20
-_NAMES_SHOWN = 8
+_NAMES_SHOWN, _BOUNDARIES_SHOWN = 8, 3
 _PARQUET_ROWS = 32
 """Rows decoded per step. The number is small because a dictionary-encoded column can repeat a long text in every row,
 at a cost of a few bytes per row."""
@@ -32,6 +39,14 @@ class SourceReport(BaseModel):
 
     undecodable: Counter[str] = Field(default_factory=Counter)
     """Number of bytes that were replaced by U+FFFD, by file name."""
+    encodings: Counter[str] = Field(default_factory=Counter)
+    """Number of files in each encoding that Atlas recognised, besides UTF-8 and UTF-16."""
+    separators: Counter[str] = Field(default_factory=Counter)
+    """Number of documents that each separator gave."""
+    boundaries: list[str] = Field(default_factory=list)
+    """The first boundaries between documents, for the user to check."""
+    hints: dict[str, str] = Field(default_factory=dict)
+    """What may separate documents in files that were read as one document → the first such file."""
     empty_rows: Counter[str] = Field(default_factory=Counter)
     """Number of rows without text, by file name."""
     articles: ArticleReport | None = None
@@ -42,15 +57,57 @@ class SourceReport(BaseModel):
         """Return a function that adds to the number of replaced bytes of a file."""
         return lambda count: self.undecodable.update({file.name: count})
 
+    def add_encoding(self, encoding: str) -> None:
+        """Count a file whose encoding Atlas recognised."""
+        self.encodings[encoding] += 1
+
+    def notes(self) -> Iterator[str]:
+        """Yield notes for the user, one line each, except those on articles."""
+        for name, count in self.undecodable.items():
+            yield f"{name}: {count:,} bytes cannot be decoded and were replaced by U+FFFD"
+        for name, count in self.empty_rows.items():
+            yield f"{name}: {count:,} rows have no text"
+        for encoding, count in self.encodings.items():
+            yield f"{count:,} files are not UTF-8, and were decoded as {encoding}"
+        for separator, count in self.separators.items():
+            yield f"{count:,} documents, separated by {separator}"
+        yield from (f"boundary: {boundary}" for boundary in self.boundaries)
+        yield from (f"{name}: is read as one document; {hint}" for hint, name in self.hints.items())
+
     def merge(self, other: SourceReport) -> None:
         """Add `other`, the report on the text that follows."""
-        self.undecodable.update(other.undecodable)
-        self.empty_rows.update(other.empty_rows)
+        for counts in ("undecodable", "encodings", "separators", "empty_rows"):
+            getattr(self, counts).update(getattr(other, counts))
+        self.boundaries = [*self.boundaries, *other.boundaries][:_BOUNDARIES_SHOWN]
+        self.hints = other.hints | self.hints
         self.untitled += other.untitled
         if self.articles is None:
             self.articles = other.articles
         elif other.articles:
             self.articles.merge(other.articles)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How to read the sources, as the user asked. Can be sent to another process.
+
+    Raises `DataError` for a value that is not valid.
+    """
+
+    text_field: str = "text"
+    separator: str | None = None
+    """What separates the documents of a text file, see `separators.parse`. None if the text itself shows it."""
+    encoding: str | None = None
+    """The encoding of all text files, or None if the bytes show it."""
+
+    def __post_init__(self) -> None:
+        if self.separator is not None:
+            separators.parse(self.separator)
+        if self.encoding is not None:
+            with suppress(LookupError, ValueError):
+                if codecs.lookup(self.encoding)._is_text_encoding:
+                    return
+            raise DataError(f"--encoding {self.encoding}: no such encoding; examples are cp1252 and gb18030")
 
 
 @dataclass(frozen=True)
@@ -62,7 +119,7 @@ class Group:
     """
 
     files: tuple[TextFile, ...]
-    text_field: str
+    reading: Reading
 
     @property
     def size(self) -> int:
@@ -71,23 +128,23 @@ class Group:
 
     def pieces(self, report: SourceReport, advance: Advance) -> Iterator[Piece]:
         """Yield the documents in pieces, and fill `report`. `advance` receives the number of bytes of each read."""
-        first = self.files[0]
-        if first.is_part or first.is_combined:
+        first, reading = self.files[0], self.reading
+        if (first.is_part or first.is_combined) and reading.separator is None:
             yield from self._articles(report, advance)
         elif first.format == "text":
-            yield from as_document(_text(first, report, advance))
+            yield from _documents(first, reading, report, advance)
         else:
             rows = _rows if first.format == "rows" else _parquet
-            for text in rows(first, self.text_field, advance):
+            for text in rows(first, reading, report, advance):
                 if text is None:
                     report.empty_rows[first.name] += 1
                 else:
-                    yield from as_document([replace_undecodable(text, report.counter_of(first))])
+                    yield from as_document([text])
 
     def _articles(self, report: SourceReport, advance: Advance) -> Iterator[Piece]:
         """Yield the articles of all files, read as one text. If no title is found, each file is a document."""
-        beginning = (_text(file, SourceReport(), lambda _: None) for file in self.files)
-        texts = (_text(file, report, advance) for file in self.files)
+        beginning = (_text(file, self.reading, SourceReport(), lambda _: None) for file in self.files)
+        texts = (_text(file, self.reading, report, advance) for file in self.files)
         if has_titles(itertools.chain.from_iterable(beginning)):
             articles = ArticleReport()
             yield from split_articles(itertools.chain.from_iterable(texts), articles)
@@ -98,58 +155,70 @@ class Group:
             yield from as_document(text)
 
 
-def _text(file: TextFile, report: SourceReport, advance: Advance) -> Iterator[str]:
+def _text(file: TextFile, reading: Reading, report: SourceReport, advance: Advance) -> Iterator[str]:
+    """Yield the decoded text of a file in chunks."""
+    how = Decoding(file.name, reading.encoding, report.counter_of(file), report.add_encoding)
     with file.open(advance) as stream:
-        yield from read_text(stream, file.name, on_undecodable=report.counter_of(file))
+        yield from read_text(stream, how)
 
 
-def _rows(file: TextFile, text_field: str, advance: Advance) -> Iterator[str | None]:
-    for place, row in read_rows(file, advance, like=f"{{{json.dumps(text_field)}: …}}"):
-        yield _row_text(row, place, text_field)
+def _documents(file: TextFile, reading: Reading, report: SourceReport, advance: Advance) -> Iterator[Piece]:
+    """Yield the documents between the separators of a text, or the complete text as one document."""
+    chunks = _text(file, reading, report, advance)
+    sample = separators.take_sample(chunks)
+    beginning = "".join(sample)
+    separator = separators.parse(reading.separator) if reading.separator else separators.find(beginning)
+    all_chunks = itertools.chain(sample, chunks)
+    if separator is None:
+        if hint := separators.hint_at(beginning):
+            report.hints.setdefault(hint, file.name)
+        yield from as_document(all_chunks)
+        return
+    found = separators.Boundaries()
+    yield from separators.split_documents(all_chunks, separator, found)
+    report.separators[separator.name] += found.documents
+    report.boundaries = [*report.boundaries, *found.shown][:_BOUNDARIES_SHOWN]
 
 
-def read_rows(file: TextFile, advance: Advance, *, like: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(file: TextFile, reading: Reading, report: SourceReport, advance: Advance) -> Iterator[str | None]:
+    for place, row in read_rows(
+        file, reading, report, advance, like=f"{{{json.dumps(reading.text_field)}: …}}"
+    ):
+        text = _row_text(row, place, reading.text_field)
+        # JSON can contain lone surrogates as escapes.
+        yield None if text is None else replace_undecodable(text, report.counter_of(file))
+
+
+def read_rows(
+    file: TextFile, reading: Reading, report: SourceReport, advance: Advance, *, like: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the rows of a JSONL file, each with its file name and line number for error messages. The
     messages show `like` as an example row."""
-    with file.open(advance) as stream:
-        for number, line in enumerate(_lines(stream), start=1):
-            place = f"{file.name} line {number}"
-            if len(line) > _LONGEST_ROW:
-                raise DataError(f"{place}: is longer than {_LONGEST_ROW:,} bytes; split its text into rows")
-            if line.strip():
-                yield place, _row(line, place, like)
+    for number, line in enumerate(lines_of(_text(file, reading, report, advance), _LONGEST_ROW), start=1):
+        place = f"{file.name} line {number}"
+        if len(line) > _LONGEST_ROW:
+            raise DataError(f"{place}: is longer than {_LONGEST_ROW:,} characters; split its text into rows")
+        if line.strip():
+            yield place, _row(line, place, like)
 
 
 def holds_rows(file: TextFile, *, at_least: int = 2) -> bool:
     """Return whether the first `at_least` lines of `file` that are not blank are JSON objects."""
+    how = Decoding(file.name, None, lambda _: None, lambda _: None)
     with file.open() as stream:
-        lines = filter(bytes.strip, _lines(stream))
+        lines = filter(str.strip, lines_of(read_text(stream, how), _LONGEST_ROW))
         return sum(map(_is_object, itertools.islice(lines, at_least))) == at_least
 
 
-def _is_object(line: bytes) -> bool:
+def _is_object(line: str) -> bool:
     with suppress(ValueError, RecursionError):
-        text = line.decode("utf-8", errors="surrogateescape")
-        return text.lstrip().startswith("{") and isinstance(json.loads(text), dict)
+        return line.lstrip().startswith("{") and isinstance(json.loads(line), dict)
     return False
 
 
-def _lines(stream: io.BufferedReader) -> Iterator[bytes]:
-    """Yield the lines in UTF-8. A line that is too long comes in pieces, of which the first is longer than
-    `_LONGEST_ROW`, so that the caller can refuse the line without reading all of it."""
-    if is_utf16(stream.peek(4)):
-        text = io.TextIOWrapper(stream, "utf-16", errors="replace", newline="\n")
-        for line in iter(lambda: text.readline(_LONGEST_ROW + 1), ""):
-            yield line.encode("utf-8", "replace")
-        return
-    if stream.peek(3).startswith(codecs.BOM_UTF8):
-        stream.read(3)
-    yield from iter(lambda: stream.readline(_LONGEST_ROW + 1), b"")
-
-
-def _row(line: bytes, place: str, like: str) -> dict[str, Any]:
+def _row(line: str, place: str, like: str) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8", errors="surrogateescape").rstrip("\r\n"))
+        row = json.loads(line.rstrip("\r\n"))
     except (ValueError, RecursionError) as error:
         reason: object = error
         if isinstance(error, json.JSONDecodeError):
@@ -187,7 +256,10 @@ def json_name(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def _parquet(file: TextFile, text_field: str, advance: Advance) -> Iterator[str | None]:
+def _parquet(
+    file: TextFile, reading: Reading, report: SourceReport, advance: Advance
+) -> Iterator[str | None]:
+    text_field = reading.text_field
     try:
         import pyarrow
         from pyarrow import parquet
@@ -210,7 +282,8 @@ def _parquet(file: TextFile, text_field: str, advance: Advance) -> Iterator[str 
                         continue
                     content = (row.value if is_dictionary else row).as_buffer()
                     on_unpacked(content.size)
-                    yield content.to_pybytes().decode("utf-8", errors="surrogateescape")
+                    text = content.to_pybytes().decode("utf-8", errors="surrogateescape")
+                    yield replace_undecodable(text, report.counter_of(file))
                 share = file.size * len(batch) // table.metadata.num_rows
                 unread -= share
                 advance(share)

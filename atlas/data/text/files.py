@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal, cast
 
-from atlas.data.text.archives import DAMAGE, decompressed, open_member, refuse_bomb
+from atlas.data.text.archives import DAMAGE, open_member, refuse_bomb
+from atlas.data.text.formats.compression import ENDINGS as COMPRESSED
+from atlas.data.text.formats.compression import decompressed
 from atlas.errors import DataError
 from atlas.files import encodable
 
@@ -30,9 +32,8 @@ FORMATS: dict[str, Format] = {
     ".json": "rows",
     ".parquet": "parquet",
 }
-COMPRESSED = (".gz", ".zst")
-ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.zst")
-ENDINGS = (*FORMATS, *COMPRESSED, ".zip", ".tar", ".tgz")
+ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", *(f".tar{ending}" for ending in COMPRESSED))
+ENDINGS = (*FORMATS, *COMPRESSED, ".zip", ".tar", ".tgz", ".tbz2", ".txz")
 _PART = re.compile(r"wiki_\d+")
 _BUFFER = 1 << 20
 HTTP = ("http://", "https://")

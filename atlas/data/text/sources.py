@@ -21,8 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from atlas.data.text.archives import is_in_own_order, members_of
-from atlas.data.text.decode import Piece
-from atlas.data.text.documents import Group, SourceReport, holds_rows
+from atlas.data.text.documents import Group, Reading, SourceReport, holds_rows
 from atlas.data.text.files import (
     COMBINED,
     ENDINGS,
@@ -37,19 +36,22 @@ from atlas.data.text.files import (
     is_url,
 )
 from atlas.data.text.folders import files_below, is_of_a_run
+from atlas.data.text.formats.decode import Piece
 from atlas.data.text.hashes import hashes_of, written_at
 from atlas.data.text.stdin import STANDARD_INPUT
 from atlas.errors import AtlasError, DataError
 from atlas.files import encodable
 from atlas.progress import byte_progress
 
-__all__ = ["Advance", "Group", "SourceReport", "Sources", "is_text_or_archive"]
+__all__ = ["Advance", "Group", "Reading", "SourceReport", "Sources", "is_text_or_archive"]
 
+_VERSION = 2
+"""The version of the rules by which files become documents."""
 _DIGITS = re.compile(r"([0-9]+)")
 _PATTERN = re.compile(r"[*?\[]")
 _KINDS = (
     "a .txt, .md, .jsonl, .parquet, .zip or .tar file, a .json file with one object per line, a folder of such files, "
-    "or a URL (text and JSON files can also be .gz or .zst)"
+    "or a URL (text and JSON files can also be .gz, .zst, .bz2 or .xz)"
 )
 
 
@@ -73,13 +75,13 @@ class Sources:
         self,
         paths: Sequence[str | Path],
         *,
-        text_field: str = "text",
+        reading: Reading | None = None,
         trust_archives: bool = False,
         stdin: Path | None = None,
     ) -> None:
         """`stdin` is the file with the text from standard input. In `paths`, `-` stands for this file."""
         self.paths = [str(path) for path in paths]
-        self.text_field = text_field
+        self.reading = reading or Reading()
         self._trust, self._stdin = trust_archives, stdin
         self.ignored: list[str] = []
         """Names of files in formats that Atlas does not read."""
@@ -106,7 +108,7 @@ class Sources:
         self.files = [file for file in files if file not in doubled]
         self.total_bytes = sum(file.size for file in self.files)
         groups = itertools.groupby(self.files, lambda file: _archive(file) if file.is_part else file)
-        self.groups = [Group(tuple(texts), text_field) for _, texts in groups]
+        self.groups = [Group(tuple(texts), self.reading) for _, texts in groups]
         """The groups of files, in reading order. Atlas reads each group as one text."""
         self.is_kaggle = any(file.is_part or file.is_combined for file in self.files)
         """Whether any file is named like the files of the Kaggle archive."""
@@ -158,8 +160,10 @@ class Sources:
 
     @cached_property
     def content_key(self) -> str:
-        """sha256 of the name of the text field, and of the names and hashes of the files."""
-        identity = [self.text_field, list(self.roots.items())]
+        """sha256 of how the files are read, and of their names and hashes."""
+        reading = self.reading
+        how = [_VERSION, reading.text_field, reading.separator, reading.encoding]
+        identity = [*how, list(self.roots.items())]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def identity_of(self, group: Group) -> bytes:
@@ -191,11 +195,7 @@ class Sources:
         notes = self._skipped()
         own_order = "is a compressed tar and is read in its own order, not by the names of its files"
         notes += [f"{name}: {own_order}" for name in self.in_own_order]
-        for counts, what in (
-            (report.undecodable, "bytes are not UTF-8 and were replaced by U+FFFD"),
-            (report.empty_rows, "rows have no text"),
-        ):
-            notes += [f"{name}: {count:,} {what}" for name, count in counts.items()]
+        notes += report.notes()
         if report.untitled:
             notes.append(
                 f"{report.untitled:,} files are named like those of the Kaggle archive, but hold no title: each is "

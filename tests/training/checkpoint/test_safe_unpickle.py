@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from atlas.cli import main
 from atlas.cli.terminal import printable
 from atlas.data import open_dataset
-from atlas.data.text.decode import PIECE_CHARS, as_document
+from atlas.data.text.formats.decode import PIECE_CHARS, as_document
 from atlas.data.text.sources import SourceReport, Sources
 from atlas.errors import AtlasError
 from atlas.files import open_zip, sha256_of
@@ -360,7 +360,7 @@ def test_a_document_that_ends_in_blanks_ends() -> None:
 
 def test_a_megabyte_of_blanks_is_not_held(tmp_path: Path) -> None:
     """In the archive's layout blank lines separate articles, so they used to be held until something followed."""
-    from atlas.data.text.wikipedia import ArticleReport, split_articles
+    from atlas.data.text.formats.wikipedia import ArticleReport, split_articles
 
     chunks = ["Title\n\nWords."] + [" " * (1 << 20)] * 9 + ["\n\n\nNext\n\nWords."]
     given, taken, held = 0, 0, []

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from atlas.data.text.decode import PIECE_CHARS, Piece, as_document
+from atlas.data.text.formats.decode import PIECE_CHARS, Piece, as_document
 
 TITLE_CHARS = 150
 # The size of the Kaggle archive, as its publisher states it.

@@ -1,0 +1,1 @@
+"""A stream of bytes → text and documents. One module per kind of format."""
