@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ def save_imported(
             raise ExportError(f"{folder}: is not empty; choose another --output-dir")
         written = CheckpointManager(folder, lock=lock, say=problems.append).save(contents, ["best"])
     finally:
+        with suppress(OSError):
+            (folder / "atlas.lock").unlink()  # also that of a killed import
         lock.undo()
     if not written:
         raise ExportError(f"{folder}: {'; '.join(problems) or 'nothing could be written'}")

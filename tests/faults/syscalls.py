@@ -106,7 +106,7 @@ class Killed:
         shutil.copytree(self.work / "before", place)
         if self.by_hook:
             _, hit = audit.kill_at(self._act, place, call.number)
-        elif call.has_path and not shift:
+        elif call.has_path and not shift and _without_chance(call) == str(call):
             _, hit = strace.kill_at(self._act, place, call.name, point.of_its_path, call.paths[0])
         else:
             _, hit = strace.kill_at(self._act, place, call.name, max(1, call.number + shift))
@@ -122,8 +122,8 @@ def kind_of(call: Call) -> str:
 
 
 def _without_chance(call: Call) -> str:
-    """The call without the random part of the name of a temporary folder."""
-    return re.sub(r"-[0-9a-f]{8}\b", "", str(call))
+    """The call without the parts of temporary names that differ in each process."""
+    return re.sub(r"\.new-[0-9a-f-]+|-[0-9a-f]{8}\b", "", str(call))
 
 
 def main() -> int:

@@ -41,9 +41,10 @@ class DatasetVerifier:
         self._is_done_once = threading.Event()
         self._one_at_a_time = threading.Lock()
         if files:
-            threading.Thread(
-                target=_watch, args=(weakref.ref(self),), name="atlas-verify", daemon=True
-            ).start()
+            is_unused = threading.Event()
+            weakref.finalize(self, is_unused.set)
+            arguments = (weakref.ref(self), is_unused)
+            threading.Thread(target=_watch, args=arguments, name="atlas-verify", daemon=True).start()
         else:
             self._is_done_once.set()
 
@@ -110,14 +111,14 @@ class DatasetVerifier:
             )
 
 
-def _watch(verifier: weakref.ref[DatasetVerifier]) -> None:
+def _watch(verifier: weakref.ref[DatasetVerifier], is_unused: threading.Event) -> None:
     """Verify the dataset as long as something uses the verifier, and no file has changed."""
     seconds = _INTERVAL
     if first := verifier():
         first._verify_quietly()
     del first
     while True:
-        time.sleep(seconds)
+        is_unused.wait(seconds)
         found = verifier()
         if found is None or found._error:
             return

@@ -114,12 +114,18 @@ class Judge:
                 f"the checkpoint of step {saved} was announced; the newest intact one is of step {newest}"
             )
 
+    def _found(self, target: str) -> dict[str, str]:
+        """The digests in a target, without the lock that a killed command leaves, and that the next one takes over."""
+        found = digests(Path(target))
+        if self._scene.is_sealed:
+            found.pop("atlas.lock", None)
+        return found
+
     def _check_target(self, target: str, *, is_over: bool) -> None:
-        found, old, new = digests(Path(target)), self._old[target], self._new[target]
+        found, old, new = self._found(target), self._old[target], self._new[target]
+        is_sealed = self._scene.is_sealed
         found = {name: digest for name, digest in found.items() if not name.endswith(".tmp")}
-        if found == new or (
-            not is_over and (found == old or (self._scene.is_sealed and found.items() <= new.items()))
-        ):
+        if found == new or (not is_over and (found == old or (is_sealed and found.items() <= new.items()))):
             return
         if found or is_over:
             raise Broken(f"{target} is neither the old one nor the new one: {_difference(found, new)}")
@@ -128,7 +134,7 @@ class Judge:
 
     def after_all(self, code: int, said: str, saved: int, *, same: bool = True) -> None:
         """Check what the next command left, its exit code and its output. `same` if it ends as the command does."""
-        if code == 2 and self._new and all(digests(Path(name)) == new for name, new in self._new.items()):
+        if code == 2 and self._new and all(self._found(name) == new for name, new in self._new.items()):
             return  # what is complete already may be refused
         if code != 0 or "Traceback" in said:
             raise Broken(f"the next command ends with exit code {code}: {' / '.join(said.splitlines()[-2:])}")
