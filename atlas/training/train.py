@@ -70,6 +70,7 @@ def _running(run: Run) -> Iterator[Callable[[], None]]:
     run.clock.start()
     progress = run.log.progress(done=run.state.step, total=run.num_updates)
     with ExitStack() as stack:
+        stack.callback(run.data.verifier.close)
         for context in (run.stop, run.log.tracked(), progress, run.saver, emergency_save(run)):
             stack.enter_context(context)
         yield stack.enter_context(collector_spares_the_run(run.runtime.device))

@@ -40,13 +40,17 @@ class DatasetVerifier:
         self._error: AtlasError | None = None
         self._is_done_once = threading.Event()
         self._one_at_a_time = threading.Lock()
+        self._is_unused = threading.Event()
         if files:
-            is_unused = threading.Event()
-            weakref.finalize(self, is_unused.set)
-            arguments = (weakref.ref(self), is_unused)
+            weakref.finalize(self, self._is_unused.set)
+            arguments = (weakref.ref(self), self._is_unused)
             threading.Thread(target=_watch, args=arguments, name="atlas-verify", daemon=True).start()
         else:
             self._is_done_once.set()
+
+    def close(self) -> None:
+        """End the thread. `confirm` still works."""
+        self._is_unused.set()
 
     def check(self) -> None:
         """Raise `DataError` if a file is already known to have changed."""
@@ -118,7 +122,8 @@ def _watch(verifier: weakref.ref[DatasetVerifier], is_unused: threading.Event) -
         first._verify_quietly()
     del first
     while True:
-        is_unused.wait(seconds)
+        if is_unused.wait(seconds):
+            return
         found = verifier()
         if found is None or found._error:
             return
