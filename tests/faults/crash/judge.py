@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from atlas.training.checkpoint.load import load_checkpoint
 from tests.faults.crash.children import run_in
 from tests.faults.crash.scenes import RUN, STEPS, Scene
 from tests.faults.crash.strace import Call
-from tests.faults.runs import Broken, resumed_step, sound_checkpoints
+from tests.faults.runs import PATIENCE_S, Broken, resumed_step, sound_checkpoints
 from tests.runs import STATE, lines_without_timings, same_bits
 
 
@@ -37,6 +38,9 @@ def stage(scene: Scene, work: Path) -> Judge:
             ended, said = action()
         if ended != code:
             raise Broken(f"{scene.name}: exit code {ended} without any fault: {said}")
+    deadline = time.monotonic() + PATIENCE_S
+    while psutil.Process().num_threads() > num_threads and time.monotonic() < deadline:
+        time.sleep(0.05)  # a thread may be about to end
     if psutil.Process().num_threads() > num_threads:
         raise Broken(f"{scene.name}: threads are left, so that this process cannot be forked")
     return Judge(scene, before, whole)
