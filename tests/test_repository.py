@@ -25,7 +25,7 @@ SOURCES = sorted((ROOT / "atlas").rglob("*.py"))
 ROOMS = {
     "tokenizer": "errors files config",
     "data": "errors files config tokenizer",
-    "data.text.formats": "errors",
+    "data.text.formats": "errors tokenizer",
     "data.text": "errors files progress data data.text.formats",
     "data.prepare": "errors files outputs process progress tokenizer data data.text data.text.formats",
     "data.sequences": "errors files progress config tokenizer data data.text data.text.formats data.prepare",
@@ -53,7 +53,7 @@ INSIDE = {
     "config": "fields renamed user_code < model < config < loader < presets reference",
     "tokenizer": "base < byte_level chat custom < bpe foreign gpt2 < load",
     "data": "shards",
-    "data.text.formats": "compression encodings < decode < separators wikipedia",
+    "data.text.formats": "chats compression encodings < decode rows < separators wikipedia",
     "data.text": "archives demo folders hashes stdin < files < documents < sources",
     "data.prepare": "cleaning dedup listing shard_writer staleness workspace < split < batching tokenize "
     "train_tokenizer < merge ray_engine < workers < pipeline",

@@ -25,7 +25,7 @@ _OUTPUT_HELP = (
 )
 _TOKENIZER_HELP = "gpt2 (default), a tokenizer.json or the folder with it, or package.module:factory."
 _TRAIN_HELP = "Train a byte-level BPE of N tokens on the training documents."
-_FIELD_HELP = "The field of a JSONL row, or the Parquet column, that contains the text."
+_FIELD_HELP = "The field of a row, or the Parquet column, that contains the text. Default: text."
 _SEPARATOR_HELP = (
     "What separates the documents of a text file: a string such as '###' or '\\n\\n\\n', the word line, or re:PATTERN. "
     "Default: <|endoftext|>, or lines that are %, if the text has them."
@@ -66,7 +66,9 @@ def prepare(
     val_fraction: Annotated[
         float, typer.Option(help=describe("data.val_fraction"), min=0, max=0.99, metavar="F")
     ] = 0.05,
-    text_field: Annotated[str, typer.Option(help=_FIELD_HELP, metavar="NAME")] = "text",
+    text_field: Annotated[
+        str | None, typer.Option(help=_FIELD_HELP, metavar="NAME", show_default=False)
+    ] = None,
     separator: Annotated[
         str | None, typer.Option(help=_SEPARATOR_HELP, metavar="TEXT", show_default=False)
     ] = None,
@@ -108,7 +110,7 @@ def prepare(
         Tokenizer.resolve(tokenizer) if tokenizer else None,
         train_tokenizer=train_tokenizer,
         val_fraction=val_fraction,
-        reading=Reading(text_field, separator, encoding),
+        reading=Reading(text_field or "text", text_field is not None, separator, encoding),
         cleaning=Cleaning(Cleaning.parse(clean), min_chars, near_dedup),
         workers=workers,
         engine=engine,

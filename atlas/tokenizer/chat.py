@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from atlas.tokenizer.base import Tokenizer
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 
 CHAT_FORMAT = "zephyr"
 """The name of the template in checkpoints."""
@@ -35,6 +35,8 @@ class Message(NamedTuple):
 
     role: str
     content: str
+    learn: bool = True
+    """Whether the model learns an answer. Other messages are never learnt."""
 
 
 class Turn(NamedTuple):
@@ -45,21 +47,23 @@ class Turn(NamedTuple):
 
     prompt: str
     answer: str
+    learn: bool = True
+    """Whether the model learns the answer."""
 
 
 def turns_of(messages: Sequence[Message]) -> list[Turn]:
     """Return the turns of a conversation. Only the assistant's messages have an `answer`."""
     turns, line_end = [], "\n"
-    for number, (role, content) in enumerate(messages):
+    for number, (role, content, learn) in enumerate(messages):
         head, content = f"{line_end if number else ''}<|{role}|>\n", content.strip()
-        turns.append(Turn(head, content) if role == "assistant" else Turn(head + content, ""))
+        turns.append(Turn(head, content, learn) if role == "assistant" else Turn(head + content, ""))
     return turns
 
 
 def encode_chat(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
     """Return the ids of a conversation, as a prompt for the assistant's next answer."""
     ids = []
-    for prompt, answer in turns_of(messages):
+    for prompt, answer, _ in turns_of(messages):
         ids += [*tokenizer.encode(prompt), *(tokenizer.encode(answer) if answer else []), tokenizer.eos_id]
     return ids + tokenizer.encode("\n<|assistant|>\n")
 

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from atlas.cli import main
 from atlas.config.loader import resolve
 from atlas.data import ResolvedData, validation_sequences
-from atlas.data.sequences.conversations import ChatDataset, Conversations, messages_of, read_conversations
+from atlas.data.sequences.conversations import ChatDataset, Conversations, read_conversations
 from atlas.data.sequences.dataset import IGNORE_INDEX
 from atlas.data.sequences.mixture import MixtureDataset
+from atlas.data.text.formats.chats import ChatReport, read_conversation
 from atlas.errors import AtlasError
 from atlas.export.huggingface import export_hf
 from atlas.inference.load import load_model
@@ -92,7 +93,7 @@ def test_ids_are_those_of_the_template_in_transformers(tmp_path: Path, bpe: Byte
     export_hf(sharp_model(bpe), bpe, tmp_path / "hf", chat_template=CHAT_TEMPLATE)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     # In a text, end of text is a token there and not here: it is left out of what both are given.
-    talk = [Message(role, content.replace("<|endoftext|>", "it")) for role, content in TALK]
+    talk = [Message(role, content.replace("<|endoftext|>", "it")) for role, content, _ in TALK]
     as_dicts = [message._asdict() for message in talk]
     rendered = theirs.apply_chat_template(as_dicts[:-1], tokenize=False, add_generation_prompt=True)
     assert rendered.endswith("<|endoftext|>\n<|assistant|>\n")
@@ -169,21 +170,28 @@ def test_answers_and_their_ends_are_the_only_targets(tmp_path: Path, bpe: ByteLe
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"prompt": "x"}, "has no answer"),
-        ({"prompt": "x", "response": "  "}, "has no answer"),
-        ({"prompt": 3, "response": "y"}, "has no text in prompt"),
-        ({"other": 1}, "has no text in prompt and response"),
+        ({"prompt": "x"}, "is no conversation (fields: prompt)"),
+        ({"prompt": {}, "response": "y"}, "is not text"),
+        ({"other": 1}, "is no conversation (fields: other)"),
         ({"messages": [{"role": "user", "content": "x"}]}, "has no answer"),
-        ({"messages": []}, "has no answer"),
-        ({"messages": "x"}, "messages is a string"),
-        ({"messages": ["x"]}, "message 1: has no text in content"),
+        ({"messages": []}, "is no conversation"),
+        ({"messages": "x"}, "is neither a list nor JSON"),
+        ({"messages": ["x"]}, "message 1: is not an object"),
         ({"messages": [{"role": "user", "content": None}]}, "message 1: has no text in content"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "has the role 'tool'; roles are system, user"),
+        (
+            {"messages": [{"role": "narrator", "content": "x"}]},
+            "has the role 'narrator'; Atlas knows ai, assistant",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "contains 'image_url'"),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "weight": 0}]},
+            "has no answer to learn: each is marked with weight 0",
+        ),
     ],
 )
 def test_a_row_that_is_no_conversation_is_named(row: dict, said: str) -> None:
     with pytest.raises(AtlasError, match=r"^c\.jsonl line 7") as refusal:
-        messages_of(row, "c.jsonl line 7", print)
+        read_conversation(row, "c.jsonl line 7", ChatReport())
     assert said in str(refusal.value)
 
 
@@ -193,7 +201,7 @@ def test_a_row_without_an_answer_ends_the_command_with_one_line(
     path = write_rows(tmp_path / "c.jsonl", [{"prompt": "a", "response": "b"}, {"prompt": "a"}])
     assert main(["train", "--train-data", str(path), "--output-dir", str(tmp_path / "out")]) == 2
     [line] = capfd.readouterr().err.strip().splitlines()
-    assert f"{path} line 2: has no answer" in line
+    assert f"{path} line 2: is no conversation (fields: prompt)" in line
     assert not (tmp_path / "out").exists()
     assert main(["prepare", "--input", str(path), "--output", str(tmp_path / "p")]) == 2
     assert "is a conversation, which atlas prepare does not support" in capfd.readouterr().err
@@ -209,7 +217,7 @@ def test_packed_files_windows_line_ends_and_bytes_that_are_not_utf8(
     path.write_bytes(gzip.compress(b"\r\n".join(lines)))
     read, _, notes = read_conversations(path, bpe, val_fraction=0)
     assert said_in(read, bpe) == ["caf\ufffd<|endoftext|>", "b<|endoftext|>"]
-    assert "1 bytes cannot be decoded" in notes[-1]
+    assert "1 bytes cannot be decoded" in "\n".join(notes)
 
 
 def test_held_out_conversations_that_are_too_long_are_ignored(

@@ -113,9 +113,6 @@ def test_json_with_an_object_per_line_is_rows(ending: str, tmp_path: Path) -> No
 
 
 NO_ROWS = {
-    "array": '[{"text": "a"}, {"text": "b"}]',
-    "array over lines": '[\n{"text": "a"},\n{"text": "b"}\n]',
-    "indented": json.dumps({"hidden_size": 64, "vocab_size": 256}, indent=2),
     "words": "not JSON at all",
     "numbers": "1\n2\n",
     "nothing": "",
@@ -128,9 +125,10 @@ NO_ROWS = {
 def test_other_json_is_no_text(content: str, ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.json{ending}"
     path.write_bytes(PACKED[ending](content.encode()))
-    with pytest.raises(AtlasError, match="does not begin with a JSON object in a line of its own: write one"):
-        Sources([path])
-    with pytest.raises(AtlasError, match="JSON object in a line of its own"):
+    said = r"holds no rows: give JSON with one|is not JSON after 0 rows|has several arrays of objects"
+    with pytest.raises(AtlasError, match=said):
+        read_to_the_end(Sources([path]))
+    with pytest.raises(AtlasError, match=said):
         resolve_data(path)
     (tmp_path / "b.txt").write_text("text", encoding="utf-8")
     url = f"file://{tmp_path.as_posix()}"
@@ -144,8 +142,39 @@ def test_a_single_json_object_is_a_row_where_it_is_named(tmp_path: Path) -> None
     (tmp_path / "a.json").write_text('{"text": "one"}', encoding="utf-8")
     (tmp_path / "b.txt").write_text("text", encoding="utf-8")
     assert documents_of(tmp_path / "a.json") == ["one"]
+    assert documents_of(tmp_path) == ["one", "text"]
+    (tmp_path / "a.json").write_text('{"hidden_size": 64}', encoding="utf-8")
     assert documents_of(tmp_path) == ["text"]
     assert Sources([tmp_path]).ignored == ["a.json"]
+
+
+def test_an_object_with_several_arrays_is_refused_with_a_command_that_chooses_one(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(
+        '{"train": [{"text": "a"}],\n "test": [{"text": "b"}]}', encoding="utf-8"
+    )
+    with pytest.raises(
+        AtlasError, match=r"has several arrays of objects \('train' and 'test'\).*jq -c '\.test\[\]'"
+    ):
+        documents_of(tmp_path)
+
+
+ROW_LISTS = {
+    "array": '[{"text": "a"}, {"text": "b"}]',
+    "array over lines": json.dumps([{"text": "a", "score": float("nan")}, {"text": "b"}], indent=1),
+    "array of texts": '["a", "b"]',
+    "array in an object": json.dumps(
+        {"version": 1, "tags": ["x"], "data": [{"text": "a"}, {"text": "b"}]}, indent=2
+    ),
+    "objects over lines": json.dumps({"text": "a"}, indent=1) + "\n" + json.dumps({"text": "b"}, indent=1),
+}
+
+
+@pytest.mark.parametrize("ending", PACKED)
+@pytest.mark.parametrize("content", ROW_LISTS.values(), ids=ROW_LISTS)
+def test_json_over_lines_and_arrays_are_rows(content: str, ending: str, tmp_path: Path) -> None:
+    (tmp_path / f"a.json{ending}").write_bytes(PACKED[ending](content.encode()))
+    assert documents_of(tmp_path / f"a.json{ending}") == ["a", "b"]
+    assert documents_of(tmp_path) == ["a", "b"]
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])

@@ -77,7 +77,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: p.write_bytes(gzip.compress(b"id,text")),
         ".csv.gz ending: Atlas reads a .txt",
     ),
-    "array.json.gz": (lambda p: p.write_bytes(gzip.compress(b"[{}]")), "write one object per line"),
+    "array.json.gz": (lambda p: p.write_bytes(gzip.compress(b"[{}]")), "has no field 'text'"),
     "noending": (lambda p: p.touch(), "no ending: Atlas reads a .txt"),
     "text.zip": (lambda p: p.write_text("no zip"), "is not a zip archive"),
     "broken.zip": (make_broken_zip, "the archive is damaged"),

@@ -164,7 +164,9 @@ class _Preparation:
     @cached_property
     def option_values(self) -> dict[str, Any]:
         """The options as `dataset.json` stores them."""
-        reading = {name: value for name, value in asdict(self.sources.reading).items() if value is not None}
+        reading = asdict(self.sources.reading)
+        del reading["names_text_field"]  # the dataset is the same
+        reading = {name: value for name, value in reading.items() if value is not None}
         return asdict(self.options) | reading
 
     @cached_property

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from torch.utils.data import Dataset
 from atlas.data.prepare.dedup import fractions
 from atlas.data.sequences.dataset import IGNORE_INDEX
 from atlas.data.sequences.packing import pack
-from atlas.data.text.documents import Reading, SourceReport, holds_rows, json_name, read_rows
+from atlas.data.text.documents import Reading, SourceReport, json_format, read_rows
 from atlas.data.text.files import TextFile, format_of, is_json
+from atlas.data.text.formats.chats import LISTS, ChatReport, layout_of, read_conversation
 from atlas.data.text.formats.decode import replace_undecodable
 from atlas.errors import DataError
 from atlas.progress import byte_progress
 from atlas.tokenizer import Tokenizer
-from atlas.tokenizer.chat import ROLES, Message, Turn, turns_of
+from atlas.tokenizer.chat import Message, Turn, turns_of
 
 _EXAMPLE = (
     '{"prompt": …, "response": …} or {"messages": [{"role": "user", "content": …}, {"role": "assistant", '
@@ -72,35 +73,54 @@ class Conversations:
 
 
 def holds_conversations(path: str | Path) -> bool:
-    """Return whether a path is a file of JSON rows whose first row has `messages` or `prompt`, but no `text`."""
-    if not Path(path).is_file() or format_of(Path(path).name) != "rows":
+    """Return whether the first row of a file is a conversation, and has no text.
+
+    Raises `DataError` if a `.json` file is not JSON, or the first row has both a text and messages.
+    """
+    file = _file(path)
+    if file is None:
         return False
-    if is_json(Path(path).name) and not holds_rows(_file(path), at_least=1):
-        return False
-    _, first = next(_rows(path, SourceReport()), ("", {}))
-    return "text" not in first and ("messages" in first or "prompt" in first)
+    place, first = next(_rows(file, SourceReport()), ("", None))
+    layout = layout_of(first)
+    if layout in LISTS and isinstance(first, dict) and "text" in first:
+        raise DataError(
+            f"{place}: has both a text and messages; for the text, run atlas prepare with --text-field text; for the "
+            "conversations, leave the field text out of the file"
+        )
+    return layout is not None and not (isinstance(first, dict) and "text" in first)
 
 
 def read_conversations(
     path: str | Path, tokenizer: Tokenizer, *, val_fraction: float
 ) -> tuple[Conversations, Conversations | None, list[str]]:
-    """Read a JSONL file. Returns the conversations to train on, the held-out conversations or None, and notes, one line
-    each. The hash of each conversation decides whether the conversation is in the `val_fraction` that is held out.
+    """Read a JSON file with conversations. Returns the conversations to train on, the held-out conversations or None,
+    and notes, one line each. The hash of each conversation decides whether the conversation is in the `val_fraction`
+    that is held out.
 
     Raises `DataError` for a row that is not a conversation with an answer.
     """
+    file = _file(path)
+    if file is None:
+        raise DataError(f"{path}: holds no conversations; give a .jsonl or .json file")
+    understood = ChatReport()
     chats: list[_Chat] = []
     digests = b""
     undecodable: list[int] = []
     report = SourceReport()
-    with byte_progress(Path(path).stat().st_size, "reading conversations") as advance:
-        read = (messages_of(row, place, undecodable.append) for place, row in _rows(path, report, advance))
+    with byte_progress(file.size, "reading conversations") as advance:
+        read = (
+            [
+                message._replace(content=replace_undecodable(message.content, undecodable.append))
+                for message in read_conversation(row, place, understood)
+            ]
+            for place, row in _rows(file, report, advance)
+        )
         while some := [*itertools.islice(read, _ROWS_PER_STEP)]:
-            digests += b"".join(
-                hashlib.blake2b(repr(messages).encode(), digest_size=16).digest() for messages in some
-            )
+            digests += b"".join(map(_digest_of, some))
             turns = [turns_of(messages) for messages in some]
-            ids = iter(tokenizer.encode_arrays([text for chat in turns for turn in chat for text in turn]))
+            ids = iter(
+                tokenizer.encode_arrays([text for chat in turns for turn in chat for text in turn[:2]])
+            )
             chats += [_tokens_of(chat, ids, tokenizer.eos_id) for chat in turns]
     held_out = fractions(digests)[:, 0] < val_fraction
     if not FEWEST_HELD_OUT <= held_out.sum() < len(chats):
@@ -111,7 +131,8 @@ def read_conversations(
     none = f" (fewer than {FEWEST_HELD_OUT} are too few for validation)" if val_fraction and not val else ""
     notes = [
         f"{path}: {len(chats) - held_out.sum():,} conversations to train on, {held_out.sum():,} held out{none}; the "
-        "loss counts only the answers"
+        "loss counts only the answers",
+        *understood.notes(),
     ]
     if replaced := sum(undecodable) + report.undecodable.total():
         notes.append(f"{path}: {replaced:,} bytes cannot be decoded and became U+FFFD")
@@ -129,8 +150,10 @@ def _tokens_of(chat: Sequence[Turn], ids: Iterator[NDArray[np.uint32]], eos_id: 
         prompt, answer = next(ids), next(ids)
         answer = answer if turn.answer else answer[:0]  # a custom tokenizer may have ids for an empty text
         tokens += [prompt, answer, np.array([eos_id], np.uint32)]
-        is_answer += [np.zeros(len(prompt), np.bool_), np.full(len(answer) + 1, bool(turn.answer))]
-    return np.concatenate(tokens), np.concatenate(is_answer), sum(len(turn.answer.encode()) for turn in chat)
+        learn = turn.learn and bool(turn.answer)
+        is_answer += [np.zeros(len(prompt), np.bool_), np.full(len(answer) + 1, learn)]
+    learnt = [turn.answer for turn in chat if turn.learn]
+    return np.concatenate(tokens), np.concatenate(is_answer), sum(len(answer.encode()) for answer in learnt)
 
 
 def _joined(name: str, chats: Iterable[_Chat], eos_id: int) -> Conversations:
@@ -141,46 +164,23 @@ def _joined(name: str, chats: Iterable[_Chat], eos_id: int) -> Conversations:
     )
 
 
-def _rows(
-    path: str | Path, report: SourceReport, advance: Any = lambda _: None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    return read_rows(_file(path), Reading(), report, advance, like=_EXAMPLE)
+def _digest_of(messages: Sequence[Message]) -> bytes:
+    """Return 16 bytes that identify a conversation. They decide whether it is held out, so they never change."""
+    content = ", ".join(f"Message(role={m.role!r}, content={m.content!r})" for m in messages)
+    return hashlib.blake2b(f"[{content}]".encode(), digest_size=16).digest()
 
 
-def _file(path: str | Path) -> TextFile:
-    return TextFile(str(path), "rows", Path(path).stat().st_size)
+def _rows(file: TextFile, report: SourceReport, advance: Any = lambda _: None) -> Iterator[tuple[str, Any]]:
+    return read_rows(file, Reading(), report, advance, like=_EXAMPLE)
 
 
-def messages_of(row: dict[str, Any], place: str, on_undecodable: Callable[[int], None]) -> list[Message]:
-    """Return the conversation in a row, up to its last answer. `on_undecodable` receives the number of bytes that were
-    not UTF-8. Raises `DataError`, with `place` in its message, if the row has no answer or is not a conversation."""
-    if "messages" not in row:
-        missing = [key for key in ("prompt", "response") if not isinstance(row.get(key), str)]
-        if missing:
-            what = "no answer" if missing == ["response"] else f"no text in {' and '.join(missing)}"
-            raise DataError(f"{place}: has {what}; a row is like {_EXAMPLE}")
-        messages = [Message("user", row["prompt"]), Message("assistant", row["response"])]
-    else:
-        if not isinstance(row["messages"], list):
-            raise DataError(f"{place}: messages is {json_name(row['messages'])}; a row is like {_EXAMPLE}")
-        messages = [
-            _message(message, f"{place}, message {n}") for n, message in enumerate(row["messages"], 1)
-        ]
-    while messages and not (messages[-1].role == "assistant" and messages[-1].content.strip()):
-        messages.pop()
-    if not messages:
-        raise DataError(f"{place}: has no answer; a row is like {_EXAMPLE}")
-    return [Message(role, replace_undecodable(content, on_undecodable)) for role, content in messages]
-
-
-def _message(value: object, place: str) -> Message:
-    if not isinstance(value, dict) or not isinstance(value.get("content"), str):
-        raise DataError(
-            f'{place}: has no text in content; a message is like {{"role": "user", "content": …}}'
-        )
-    if value.get("role") not in ROLES:
-        raise DataError(f"{place}: has the role {value.get('role')!r:.40}; roles are {', '.join(ROLES)}")
-    return Message(value["role"], value["content"])
+def _file(path: str | Path) -> TextFile | None:
+    """Return the file if it is a JSON file with rows, else None."""
+    if not Path(path).is_file() or format_of(Path(path).name) != "rows":
+        return None
+    file = TextFile(str(path), "rows", Path(path).stat().st_size)
+    format = json_format(file, "text", named=True) if is_json(Path(path).name) else "rows"
+    return replace(file, format=format) if format else None
 
 
 class ChatDataset(Dataset[tuple[Tensor, ...]]):

@@ -8,13 +8,14 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel, Field
 
-from atlas.data.text.files import Advance, TextFile, open_root
+from atlas.data.text.files import Advance, Format, TextFile, open_root
 from atlas.data.text.formats import separators
+from atlas.data.text.formats.chats import LISTS, layout_of
 from atlas.data.text.formats.decode import (
     Decoding,
     Piece,
@@ -23,6 +24,7 @@ from atlas.data.text.formats.decode import (
     read_text,
     replace_undecodable,
 )
+from atlas.data.text.formats.rows import json_rows
 from atlas.data.text.formats.wikipedia import ArticleReport, has_titles, split_articles
 from atlas.errors import DataError, first_line
 
@@ -95,6 +97,8 @@ class Reading:
     """
 
     text_field: str = "text"
+    names_text_field: bool = False
+    """Whether the user named the text field. Otherwise, a row that is also a conversation is refused."""
     separator: str | None = None
     """What separates the documents of a text file, see `separators.parse`. None if the text itself shows it."""
     encoding: str | None = None
@@ -134,7 +138,7 @@ class Group:
         elif first.format == "text":
             yield from _documents(first, reading, report, advance)
         else:
-            rows = _rows if first.format == "rows" else _parquet
+            rows = _parquet if first.format == "parquet" else _rows
             for text in rows(first, reading, report, advance):
                 if text is None:
                     report.empty_rows[first.name] += 1
@@ -184,16 +188,19 @@ def _rows(file: TextFile, reading: Reading, report: SourceReport, advance: Advan
     for place, row in read_rows(
         file, reading, report, advance, like=f"{{{json.dumps(reading.text_field)}: …}}"
     ):
-        text = _row_text(row, place, reading.text_field)
+        text = _row_text(row, place, reading)
         # JSON can contain lone surrogates as escapes.
         yield None if text is None else replace_undecodable(text, report.counter_of(file))
 
 
 def read_rows(
     file: TextFile, reading: Reading, report: SourceReport, advance: Advance, *, like: str
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a JSONL file, each with its file name and line number for error messages. The
-    messages show `like` as an example row."""
+) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a JSON file, each with its place for error messages. The messages show `like` as an example
+    row."""
+    if file.format == "json":
+        yield from json_rows(_text(file, reading, report, advance), file.name)
+        return
     for number, line in enumerate(lines_of(_text(file, reading, report, advance), _LONGEST_ROW), start=1):
         place = f"{file.name} line {number}"
         if len(line) > _LONGEST_ROW:
@@ -210,13 +217,36 @@ def holds_rows(file: TextFile, *, at_least: int = 2) -> bool:
         return sum(map(_is_object, itertools.islice(lines, at_least))) == at_least
 
 
+def json_format(file: TextFile, text_field: str, *, named: bool) -> Format | None:
+    """Return the format of a `.json` file, or None if it has no rows.
+
+    In a file that the user named, a single object is a row. In a folder, a single object may be the settings of some
+    program, so it counts only with a text or a conversation.
+    """
+    if holds_rows(file, at_least=1 if named else 2):
+        return "rows"
+    as_json = replace(file, format="json")
+    try:
+        _, first = next(read_rows(as_json, Reading(), SourceReport(), lambda _: None, like=""), ("", None))
+    except DataError:
+        if named:
+            raise
+        return None
+    is_row = (
+        isinstance(first, str)
+        or layout_of(first)
+        or (isinstance(first, dict) and (named or text_field in first))
+    )
+    return "json" if is_row else None
+
+
 def _is_object(line: str) -> bool:
     with suppress(ValueError, RecursionError):
         return line.lstrip().startswith("{") and isinstance(json.loads(line), dict)
     return False
 
 
-def _row(line: str, place: str, like: str) -> dict[str, Any]:
+def _row(line: str, place: str, like: str) -> Any:
     try:
         row = json.loads(line.rstrip("\r\n"))
     except (ValueError, RecursionError) as error:
@@ -224,18 +254,29 @@ def _row(line: str, place: str, like: str) -> dict[str, Any]:
         if isinstance(error, json.JSONDecodeError):
             reason = f"{error.msg.removesuffix(' at')} at character {error.colno}"
         raise DataError(f"{place}: is not JSON: {reason}; every line must be one JSON object") from None
-    if not isinstance(row, dict):
+    if not isinstance(row, (dict, list)):
         raise DataError(f"{place}: is {json_name(row)}, not an object; every line must be like {like}")
     return row
 
 
-def _row_text(row: dict[str, Any], place: str, text_field: str) -> str | None:
+def _row_text(row: Any, place: str, reading: Reading) -> str | None:
     """Return the text of a row, or None if the field is null."""
-    if text_field not in row and ("messages" in row or {"prompt", "response"} <= row.keys()):
+    text_field, layout = reading.text_field, layout_of(row)
+    if isinstance(row, str):
+        return row  # an item of a list of texts
+    if layout and (isinstance(row, list) or text_field not in row):
         raise DataError(
             f"{place}: is a conversation, which atlas prepare does not support; pass a file of only conversations to "
             "atlas train --train-data"
         )
+    if layout in LISTS and not reading.names_text_field:
+        raise DataError(
+            f"{place}: has both a text and messages; for the text, add --text-field {text_field} to atlas prepare; for "
+            "the conversations, leave that field out of the file"
+        )
+    if not isinstance(row, dict):
+        like = f"{{{json.dumps(text_field)}: …}}"
+        raise DataError(f"{place}: is {json_name(row)}, not an object; every row must be like {like}")
     if text_field not in row:
         raise DataError(
             f"{place}: has no field {text_field!r} (fields: {_shown(sorted(row))}); name the field of the text with "

@@ -23,7 +23,8 @@ from atlas.files import encodable
 
 COMBINED = "AllCombined.txt"
 Advance = Callable[[int], None]
-Format = Literal["text", "rows", "parquet"]
+Format = Literal["text", "rows", "json", "parquet"]
+"""`rows` is one JSON object per line. `json` is JSON over several lines."""
 
 FORMATS: dict[str, Format] = {
     ".txt": "text",

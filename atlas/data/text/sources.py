@@ -21,12 +21,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from atlas.data.text.archives import is_in_own_order, members_of
-from atlas.data.text.documents import Group, Reading, SourceReport, holds_rows
+from atlas.data.text.documents import Group, Reading, SourceReport, holds_rows, json_format
 from atlas.data.text.files import (
     COMBINED,
     ENDINGS,
     HTTP,
     Advance,
+    Format,
     TextFile,
     ending_of,
     filesystem_of,
@@ -50,7 +51,7 @@ _VERSION = 2
 _DIGITS = re.compile(r"([0-9]+)")
 _PATTERN = re.compile(r"[*?\[]")
 _KINDS = (
-    "a .txt, .md, .jsonl, .parquet, .zip or .tar file, a .json file with one object per line, a folder of such files, "
+    "a .txt, .md, .jsonl, .parquet, .zip or .tar file, a .json file with rows, a folder of such files, "
     "or a URL (text and JSON files can also be .gz, .zst, .bz2 or .xz)"
 )
 
@@ -273,18 +274,23 @@ class Sources:
         if is_archive(path):
             self._add(path, root)
             yield from self._members(Path(path))
-        elif _has_format(file, named=named):
+        elif format := self._format(file, named=named):
             self._add(path, root)
-            yield file
+            yield replace(file, format=format)
         elif file.format and named:
             raise DataError(
-                f"{path}: does not begin with a JSON object in a line of its own: write one object per line, as "
-                "jq -c '.[]' does with an array"
+                f"{path}: holds no rows: give JSON with one object per row, each with a text or a conversation"
             )
         elif named:
             raise DataError(f"{path}: {ending_of(file.basename) or 'no'} ending: Atlas reads {_KINDS}")
         else:
             self.ignored.append(encodable(name))
+
+    def _format(self, file: TextFile, *, named: bool = False) -> Format | None:
+        """Return the format that the name of a file promises. In a `.json` file, the content must have it."""
+        if file.format == "rows" and is_json(file.basename):
+            return json_format(file, self.reading.text_field, named=named)
+        return file.format
 
     def _add(self, path: str, root: _Root) -> None:
         self._roots[path] = root
@@ -301,8 +307,8 @@ class Sources:
             file = TextFile(str(path), kind, member.size, member=member.name, trusted=self._trust)
             if _is_hidden(str(file.place)) or "__MACOSX" in file.place.parts:
                 continue
-            if member.is_file and kind != "parquet" and _has_format(file):
-                yield file
+            if member.is_file and kind != "parquet" and (format := self._format(file)):
+                yield replace(file, format=format)
             else:
                 self.ignored.append(file.name)
 
@@ -323,22 +329,12 @@ class Sources:
             full, size = filesystem.unstrip_protocol(name), int(files[name].get("size") or 0)
             file = TextFile(full, format_of(name), size, trusted=self._trust)
             # Atlas does not open the files that match a pattern, since opening downloads the beginning of each file.
-            if not file.format or (in_folder and not _has_format(file)):
+            format = self._format(file) if in_folder else file.format
+            if not format:
                 self.ignored.append(full)
             elif full not in self._roots:
                 self._roots[full] = _Root(full, full, size)
-                yield file
-
-
-def _has_format(file: TextFile, *, named: bool = False) -> bool:
-    """Return whether the content of `file` has the format that its name promises.
-
-    In a `.json` file that the user named, a single JSON object is a row. In a `.json` file that was found in a folder,
-    a single object may be the settings of some program, so two rows are required.
-    """
-    if file.format == "rows" and is_json(file.basename):
-        return holds_rows(file, at_least=1 if named else 2)
-    return file.format is not None
+                yield replace(file, format=format)
 
 
 def _why_missing(given: str) -> str:
@@ -360,7 +356,9 @@ def is_text_or_archive(path: Path) -> bool:
     """Return whether Atlas reads a file with this name. A `.json` file must also hold rows."""
     file = TextFile(str(path), format_of(path.name), path.stat().st_size)
     with suppress(AtlasError):  # the error is reported when the file is read
-        return bool(path.suffix) and (is_archive(path.name) or _has_format(file))
+        if file.format == "rows" and is_json(path.name):
+            return json_format(file, "text", named=False) is not None
+        return bool(path.suffix) and (is_archive(path.name) or file.format is not None)
     return True
 
 

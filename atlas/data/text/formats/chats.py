@@ -1,0 +1,316 @@
+"""Rows in the layouts of public chat datasets → conversations.
+
+| layout | fields of a row | used by |
+|---|---|---|
+| messages | `messages`: a list of `role` and `content` | OpenAI, TRL, axolotl, unsloth |
+| ShareGPT | `conversations`: a list of `from` and `value` | FastChat, axolotl, LLaMA-Factory, unsloth |
+| Alpaca | `instruction`, `input`, `output` | Stanford Alpaca, litgpt, LLaMA-Factory, axolotl |
+| Dolly | `instruction`, `context`, `response` | Databricks |
+| pairs | `prompt` and `response` or `completion`, `question` and `answer`, and so on | TRL, OpenOrca, FLAN |
+| preference | `prompt`, `chosen` and `rejected` | TRL, LLaMA-Factory |
+| bare list | the row itself is a list of messages | |
+
+Any layout can have `system`, `history` and `tools` beside these fields. A message with `weight` 0 is read, but not
+learnt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from atlas.errors import DataError
+from atlas.tokenizer.chat import Message
+
+LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "chat")
+"""Fields with a list of messages."""
+PAIRS = (
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("prompt", "chosen"),
+    ("prompt", "output"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
+    ("query", "answer"),
+    ("problem", "solution"),
+    ("inputs", "targets"),
+    ("input", "output"),
+    ("human", "assistant"),
+    ("user", "assistant"),
+)
+"""Fields with a question and its answer. An earlier pair is preferred."""
+_MORE_OF_QUESTION = {
+    "instruction": ("input", "context"),
+    "prompt": ("input", "context"),
+    "question": ("context",),
+}
+_SYSTEM = ("system", "system_prompt", "system_message")
+_TOOLS = ("tools", "functions")
+_ROLES = {
+    "system": "system developer",
+    "user": "user human prompter questioner",
+    "assistant": "assistant gpt chatgpt model bot ai bing bard claude",
+    "tool": "tool function observation function_response tool_response ipython environment",
+}
+_ROLE_OF = {name: role for role, names in _ROLES.items() for name in names.split()}
+_CALLS = ("function_call", "tool_call")
+"""Roles of ShareGPT whose text is a call of a tool by the assistant."""
+_WEIGHTS = ("weight", "train", "training", "loss")
+"""Fields of a message that are 0 or false if the message is not to be learnt."""
+_KNOWN_IN_MESSAGE = {
+    "role", "from", "content", "value", "text", "tool_calls", "function_call", "tool_call_id", *_WEIGHTS,
+}  # fmt: skip
+_FIELDS_SHOWN = 8
+
+
+class ChatReport(BaseModel):
+    """How Atlas understood rows of conversations."""
+
+    layouts: Counter[str] = Field(default_factory=Counter)
+    """Number of conversations in each layout."""
+    roles: Counter[str] = Field(default_factory=Counter)
+    """Number of messages of each role."""
+    unlearnt: int = 0
+    """Number of answers that are read but not learnt, since the row marks them so."""
+    unanswered: int = 0
+    """Number of messages after the last answer. They are left out."""
+    passed_over: Counter[str] = Field(default_factory=Counter)
+    """Number of times that a field occurred which Atlas does not use, by name."""
+
+    def notes(self) -> Iterator[str]:
+        """Yield what was understood, one line each."""
+        if self.layouts:
+            layouts = ", ".join(f"{count:,} as {layout}" for layout, count in self.layouts.most_common())
+            roles = ", ".join(f"{count:,} {role}" for role, count in self.roles.most_common())
+            yield f"conversations: {layouts}; messages: {roles}"
+        if self.unlearnt:
+            yield f"{self.unlearnt:,} answers are read but not learnt, since they are marked with weight 0"
+        if self.unanswered:
+            yield f"{self.unanswered:,} messages after the last answer are left out"
+        if self.passed_over:
+            fields = ", ".join(field for field, _ in self.passed_over.most_common(_FIELDS_SHOWN))
+            yield f"fields that are not used: {fields}"
+
+
+def layout_of(value: object, forced: str | None = None) -> str | None:
+    """Return the layout of a row: the field with the list of messages, a pair of fields such as `prompt/response`, or
+    `bare list`. Returns None for a row that is no conversation. `forced` is the layout that the user named."""
+    if isinstance(value, list):
+        return "bare list" if value and all(isinstance(item, dict) for item in value) else None
+    if not isinstance(value, dict):
+        return None
+    layouts = [field for field in LISTS if isinstance(value.get(field), (list, str)) and value[field]]
+    layouts += ["/".join(pair) for pair in PAIRS if all(value.get(field) is not None for field in pair)]
+    if isinstance(value.get("chosen"), list) and "prompt" not in value:
+        layouts.append("chosen")
+    if forced is not None:
+        return forced if forced in layouts else None
+    return layouts[0] if layouts else None
+
+
+def read_conversation(value: Any, place: str, report: ChatReport, forced: str | None = None) -> list[Message]:
+    """Return the messages of a row up to its last answer, and add to `report`.
+
+    Raises `DataError` if the row is no conversation, or has no answer to learn from.
+    """
+    layout = layout_of(value, forced)
+    if layout is None:
+        raise DataError(f"{place}: {_no_conversation(value, forced)}")
+    found = Counter[str]()
+    if layout == "bare list":
+        messages = [*_messages(value, place, found)]
+    else:
+        used = {layout} if "/" not in layout else {*layout.split("/")}
+        messages = [*_in_fields(value, layout, place, used, found)]
+        found.update(field for field in value if field not in used)
+    dropped = 0
+    while messages and not (messages[-1].role == "assistant" and messages[-1].content.strip()):
+        dropped += 1
+        messages.pop()
+    if not messages:
+        raise DataError(f"{place}: has no answer")
+    if not any(message.role == "assistant" and message.learn for message in messages):
+        raise DataError(f"{place}: has no answer to learn: each is marked with weight 0")
+    report.layouts[layout] += 1
+    report.unanswered += dropped
+    report.passed_over.update(found)
+    for message in messages:
+        report.roles[message.role] += 1
+        report.unlearnt += message.role == "assistant" and not message.learn
+    return messages
+
+
+def _no_conversation(value: object, forced: str | None) -> str:
+    if forced is not None:
+        return f"does not have the layout {forced} of --chat-format"
+    if not isinstance(value, (dict, list)):
+        return "is no conversation: a row is an object, or a list of messages"
+    fields = ", ".join(str(field)[:40] for field in value) if isinstance(value, dict) else "a list"
+    return (
+        f"is no conversation (fields: {fields:.200}); a row has messages, conversations, or a pair such as prompt and "
+        "response, instruction and output, question and answer"
+    )
+
+
+def _in_fields(
+    row: dict[str, Any], layout: str, place: str, used: set[str], found: Counter[str]
+) -> Iterator[Message]:
+    system = next((field for field in _SYSTEM if row.get(field)), None)
+    tools = next((field for field in _TOOLS if row.get(field)), None)
+    used.update(
+        field for field in (*_SYSTEM, *_TOOLS, "history") if not row.get(field) or field in (system, tools)
+    )
+    first = "\n\n".join(
+        [
+            *([_text(row[system], f"{place}, {system}")] if system else []),
+            *([f"Tools: {_as_json(row[tools])}"] if tools else []),
+        ]
+    )
+    messages = [*_after_system(row, layout, place, used, found)]
+    if first and messages and messages[0].role == "system":
+        messages[0] = Message("system", f"{messages[0].content}\n\n{first}")
+    elif first:
+        yield Message("system", first)
+    yield from messages
+
+
+def _after_system(
+    row: dict[str, Any], layout: str, place: str, used: set[str], found: Counter[str]
+) -> Iterator[Message]:
+    if history := row.get("history"):
+        used.add("history")
+        yield from _history(history, place, found)
+    if "/" not in layout:
+        value = row[layout]
+        if isinstance(value, str):  # a CSV file, or a table with JSON in a column
+            value = _parsed(value, f"{place}, {layout}")
+        yield from _messages(value, place, found)
+        return
+    asked, answer = layout.split("/")
+    if isinstance(row[asked], list) or isinstance(row[answer], list):
+        yield from _side(row[asked], "user", f"{place}, {asked}", found)
+        yield from _side(row[answer], "assistant", f"{place}, {answer}", found)
+        return
+    question = [_text(row[asked], f"{place}, {asked}")]
+    for field in _MORE_OF_QUESTION.get(asked, ()):
+        if field not in (asked, answer) and row.get(field):
+            used.add(field)
+            question.append(_text(row[field], f"{place}, {field}"))
+        elif field in row and not row[field]:
+            used.add(field)
+    yield Message("user", "\n\n".join(question))
+    yield Message("assistant", _text(row[answer], f"{place}, {answer}"))
+
+
+def _side(value: Any, role: str, place: str, found: Counter[str]) -> Iterator[Message]:
+    """Yield the messages of a prompt or a completion. Answers in a prompt are not learnt, as in TRL."""
+    if not isinstance(value, list):
+        yield Message(role, _text(value, place))
+        return
+    for message in _messages(value, place, found):
+        learn = message.learn and not (role == "user" and message.role == "assistant")
+        yield message._replace(learn=learn)
+
+
+def _history(value: Any, place: str, found: Counter[str]) -> Iterator[Message]:
+    """Yield earlier turns: pairs of question and answer, or messages."""
+    if isinstance(value, str):
+        value = _parsed(value, f"{place}, history")
+    if not isinstance(value, list):
+        raise DataError(f"{place}, history: is not a list of pairs or messages")
+    for number, turn in enumerate(value, start=1):
+        if isinstance(turn, dict):
+            yield from _messages([turn], f"{place}, history", found)
+        elif isinstance(turn, (list, tuple)) and len(turn) == 2:
+            yield Message("user", _text(turn[0], f"{place}, history {number}"))
+            yield Message("assistant", _text(turn[1], f"{place}, history {number}"))
+        else:
+            raise DataError(
+                f"{place}, history {number}: is neither a pair of question and answer nor a message"
+            )
+
+
+def _messages(value: Any, place: str, found: Counter[str]) -> Iterator[Message]:
+    if not isinstance(value, list):
+        raise DataError(f"{place}: is not a list of messages")
+    for number, message in enumerate(value, start=1):
+        where = f"{place}, message {number}"
+        if not isinstance(message, dict):
+            raise DataError(f'{where}: is not an object like {{"role": "user", "content": …}}')
+        if "role" not in message and "from" not in message and (layout := layout_of(message)):
+            yield from _in_fields(
+                message, layout, where, {*message}, found
+            )  # a turn with question and answer
+            continue
+        yield _message(message, where)
+        found.update(f"{field} of a message" for field in message if field not in _KNOWN_IN_MESSAGE)
+
+
+def _message(message: dict[str, Any], place: str) -> Message:
+    written = message.get("role", message.get("from"))
+    name = str(written).strip().lower()
+    role = "assistant" if name in _CALLS else _ROLE_OF.get(name)
+    if role is None:
+        known = ", ".join(sorted({*_ROLE_OF, *_CALLS}))
+        raise DataError(f"{place}: has the role {written!r:.40}; Atlas knows {known}")
+    field = next((field for field in ("content", "value", "text") if message.get(field) is not None), None)
+    texts = [_text(message[field], place)] if field else []
+    calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
+    texts += [f"<tool_call>{_as_json(_call(call))}</tool_call>" for call in calls]
+    if name in _CALLS:
+        texts = [f"<tool_call>{text}</tool_call>" for text in texts]
+    if not texts and role != "assistant":
+        raise DataError(f"{place}: has no text in content")
+    learn = all(
+        message.get(weight) not in (0, False, "0", "false") for weight in _WEIGHTS if weight in message
+    )
+    return Message(role, "\n".join(text for text in texts if text), learn)
+
+
+def _call(call: Any) -> Any:
+    """Return the function and its arguments of a call, without OpenAI's frame."""
+    function = call.get("function", call) if isinstance(call, dict) else call
+    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+        try:
+            return function | {"arguments": json.loads(function["arguments"])}
+        except (ValueError, RecursionError):
+            return function
+    return function
+
+
+def _text(value: Any, place: str) -> str:
+    """Return a text that is a string, a number, or a list of parts as OpenAI has them."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (int, float)):
+        return json.dumps(value)
+    if isinstance(value, Sequence):
+        return "".join(_part(part, place) for part in value)
+    raise DataError(f"{place}: is not text")
+
+
+def _part(part: Any, place: str) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict) and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, dict) else None
+    raise DataError(f"{place}: contains {kind or 'a part'!r:.40}; Atlas reads only text")
+
+
+def _parsed(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise DataError(f"{place}: is neither a list nor JSON") from None
+
+
+def _as_json(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,162 @@
+"""JSON over several lines → rows: an array, or an object that contains one, or complete objects in a row."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from atlas.data.text.formats.chats import LISTS
+from atlas.errors import DataError
+
+LONGEST_ROW = 64 << 20
+PARTS_OF_A_ROW = {*LISTS, "prompt", "completion", "chosen", "rejected", "history", "tools", "functions"}
+"""Fields whose list of objects is a part of a row, not a list of rows."""
+_CHUNK = 1 << 18
+_LOOK_AHEAD = 1000
+_LIST_OF_OBJECTS = re.compile(r"\[\s*\{")
+_BLANKS = re.compile(r"[ \t\r\n\f\ufeff]*")
+
+
+class Row(NamedTuple):
+    """A row, and its place for messages, such as `a.jsonl line 3`."""
+
+    place: str
+    value: Any
+
+
+def json_rows(chunks: Iterable[str], name: str) -> Iterator[Row]:
+    """Yield the rows of a JSON text: the items of an array, or of the one array of objects in an object, or complete
+    objects, one after the other. A long array needs little memory.
+
+    Raises `DataError` for text that is not JSON, after the rows before it, and for an object with several arrays of
+    objects.
+    """
+    text, numbers, done = _JsonText(chunks), itertools.count(1), 0
+    try:
+        while begins := text.next_char():
+            found = (
+                text.items() if begins == "[" else text.rows_of_object(name) if begins == "{" else text.one()
+            )
+            for value in found:
+                done = next(numbers)
+                yield Row(f"{name} row {done}", value)
+    except (ValueError, RecursionError) as error:
+        place = f"{name} line {text.line}"
+        raise DataError(
+            f"{place}: is not JSON after {done:,} rows: {error!s:.200}; correct the file"
+        ) from None
+
+
+class _JsonText:
+    """A JSON text that is read value by value, so that a long array needs little memory."""
+
+    _decode = json.JSONDecoder().raw_decode
+
+    def __init__(self, chunks: Iterable[str]) -> None:
+        self._chunks = iter(chunks)
+        self._text, self._at, self._at_end = "", 0, False
+        self._lines_before = 0
+
+    @property
+    def line(self) -> int:
+        """The number of the line where the next value begins."""
+        return 1 + self._lines_before + self._text.count("\n", 0, self._at)
+
+    def next_char(self) -> str:
+        """Skip blanks, and return the character after them without reading it, or an empty string at the end."""
+        while True:
+            self._at = _BLANKS.match(self._text, self._at).end()  # type: ignore[union-attr]
+            if self._at < len(self._text) or self._at_end:
+                return self._text[self._at : self._at + 1]
+            self._read_more()
+
+    def expect(self, *chars: str) -> str:
+        """Read one of `chars` after blanks, and return it."""
+        found = self.next_char()
+        if not found or found not in chars:
+            what = f"found {found!r}" if found else "the text ends"
+            raise ValueError(f"{what} where {' or '.join(map(repr, chars))} is expected")
+        self._at += 1
+        return found
+
+    def value(self) -> Any:
+        """Read one value."""
+        self.next_char()
+        while True:
+            try:
+                value, end = self._decode(self._text, self._at)
+                if end < len(self._text) or self._at_end:  # otherwise a number may continue
+                    self._at = end
+                    return value
+            except json.JSONDecodeError as error:
+                if self._at_end or len(self._text) - self._at > LONGEST_ROW:
+                    self._at = max(self._at, error.pos)
+                    raise ValueError(error.msg.removesuffix(" at")) from None
+            self._read_more()
+
+    def one(self) -> Iterator[Any]:
+        """Yield one value."""
+        yield self.value()
+
+    def items(self) -> Iterator[Any]:
+        """Yield the items of the array that begins here."""
+        self.expect("[")
+        if self.next_char() == "]":
+            self.expect("]")
+            return
+        yield self.value()
+        while self.expect(",", "]") == ",":
+            yield self.value()
+
+    def rows_of_object(self, name: str) -> Iterator[Any]:
+        """Yield the items of the array of objects in the object that begins here, or the object itself if it has no
+        such array."""
+        fields: dict[str, Any] = {}
+        rows: str | None = None
+        self.expect("{")
+        if self.next_char() == "}":
+            self.expect("}")
+            yield fields
+            return
+        while True:
+            key = self.value()
+            self.expect(":")
+            if self.next_char() != "[" or key in PARTS_OF_A_ROW or not self._is_list_of_objects():
+                fields[key] = self.value()
+            elif rows is not None:
+                raise DataError(
+                    f"{name}: has several arrays of objects ({rows!r:.40} and {key!r:.40}); choose one, for example "
+                    f"with jq -c '.{key}[]'"
+                )
+            else:
+                rows = key
+                yield from self.items()
+            if self.expect(",", "}") == "}":
+                break
+            if self.next_char() != '"':
+                self.expect('"')
+        if rows is None:
+            yield fields
+
+    def _is_list_of_objects(self) -> bool:
+        """Return whether the array that begins here begins with an object."""
+        if len(self._text) - self._at < _LOOK_AHEAD:
+            self._read_more()
+        return _LIST_OF_OBJECTS.match(self._text, self._at) is not None
+
+    def _read_more(self) -> None:
+        """Read about as much text as is not yet parsed, so that parsing a long value again takes linear time."""
+        self._lines_before += self._text.count("\n", 0, self._at)
+        parts = [self._text[self._at :]]
+        wanted = max(_CHUNK, len(parts[0]))
+        while wanted > 0:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                self._at_end = True
+                break
+            parts.append(chunk)
+            wanted -= len(chunk)
+        self._text, self._at = "".join(parts), 0

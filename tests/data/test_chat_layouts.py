@@ -1,0 +1,180 @@
+"""Conversations in the layouts of public datasets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from atlas.cli import main
+from atlas.data.sequences.conversations import read_conversations
+from atlas.data.text.formats.chats import ChatReport, read_conversation
+from atlas.tokenizer import Tokenizer
+from atlas.tokenizer.chat import Message
+
+ASKED, SAID = Message("user", "What is 2?"), Message("assistant", "It is 2.")
+TURNS = [{"role": "user", "content": "What is 2?"}, {"role": "assistant", "content": "It is 2."}]
+CALL = '<tool_call>{"name": "w", "arguments": {"city": "Rome"}}</tool_call>'
+LAYOUTS: dict[str, tuple[object, list[Message]]] = {
+    "messages": (
+        {
+            "messages": [
+                {"role": "user", "content": "What is 2?"},
+                {"role": "assistant", "content": "It is 2."},
+            ]
+        },
+        [ASKED, SAID],
+    ),
+    "ShareGPT": (
+        {"conversations": [{"from": "human", "value": "What is 2?"}, {"from": "gpt", "value": "It is 2."}]},
+        [ASKED, SAID],
+    ),
+    "Alpaca": ({"instruction": "What is 2?", "input": "", "output": "It is 2."}, [ASKED, SAID]),
+    "Alpaca with input": (
+        {"instruction": "Add.", "input": "1 and 1", "output": "2"},
+        [Message("user", "Add.\n\n1 and 1"), Message("assistant", "2")],
+    ),
+    "Dolly": (
+        {"instruction": "Add.", "context": "1 and 1", "response": "2", "category": "sum"},
+        [Message("user", "Add.\n\n1 and 1"), Message("assistant", "2")],
+    ),
+    "prompt and completion": ({"prompt": "What is 2?", "completion": "It is 2."}, [ASKED, SAID]),
+    "question and answer": ({"question": "What is 2?", "answer": "It is 2."}, [ASKED, SAID]),
+    "OpenOrca": (
+        {"system_prompt": "Be brief.", "question": "What is 2?", "response": "It is 2."},
+        [Message("system", "Be brief."), ASKED, SAID],
+    ),
+    "prompt and completion as messages": (
+        {
+            "prompt": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b"},
+                {"role": "user", "content": "c"},
+            ],
+            "completion": [{"role": "assistant", "content": "d"}],
+        },
+        [
+            Message("user", "a"),
+            Message("assistant", "b", False),
+            Message("user", "c"),
+            Message("assistant", "d"),
+        ],
+    ),
+    "system and history": (
+        {"system": "Be brief.", "history": [["a", "b"]], "prompt": "What is 2?", "response": "It is 2."},
+        [Message("system", "Be brief."), Message("user", "a"), Message("assistant", "b"), ASKED, SAID],
+    ),
+    "a bare list": (
+        [{"role": "user", "content": "What is 2?"}, {"role": "assistant", "content": "It is 2."}],
+        [ASKED, SAID],
+    ),
+    "parts": (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "2?"}],
+                },
+                {"role": "assistant", "content": [{"type": "text", "text": "It is 2."}]},
+            ]
+        },
+        [ASKED, SAID],
+    ),
+    "tools": (
+        {
+            "messages": [
+                {"role": "developer", "content": "Use tools."},
+                {"role": "user", "content": "Weather?"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [
+                        {
+                            "id": "c",
+                            "type": "function",
+                            "function": {"name": "w", "arguments": '{"city": "Rome"}'},
+                        }
+                    ],
+                },
+                {"role": "tool", "tool_call_id": "c", "content": "21"},
+                {"role": "assistant", "content": "21 degrees."},
+            ],
+            "tools": [],
+        },
+        [
+            Message("system", "Use tools."),
+            Message("user", "Weather?"),
+            Message("assistant", CALL),
+            Message("tool", "21"),
+            Message("assistant", "21 degrees."),
+        ],
+    ),
+    "weights": (
+        {
+            "messages": [
+                {"role": "user", "content": "a", "weight": 1},
+                {"role": "assistant", "content": "b", "weight": 0},
+                {"role": "user", "content": "What is 2?"},
+                {"role": "assistant", "content": "It is 2.", "weight": 1},
+            ]
+        },
+        [Message("user", "a"), Message("assistant", "b", False), ASKED, SAID],
+    ),
+    "preference": (
+        {"prompt": "What is 2?", "chosen": "It is 2.", "rejected": "It is 3."},
+        [ASKED, SAID],
+    ),
+    "JSON in a text": (
+        {
+            "messages": json.dumps(
+                [{"role": "user", "content": "What is 2?"}, {"role": "assistant", "content": "It is 2."}]
+            )
+        },
+        [ASKED, SAID],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_row_of_each_layout(name: str) -> None:
+    row, messages = LAYOUTS[name]
+    assert read_conversation(row, "row 1", ChatReport()) == messages
+
+
+@pytest.mark.parametrize("form", ["lines", "array", "indented array"])
+def test_only_the_answers_are_learnt_and_what_was_understood_is_said(form: str, tmp_path: Path) -> None:
+    rows = [LAYOUTS["weights"][0] | {"id": n} for n in range(3)]  # type: ignore[operator]
+    path = tmp_path / ("c.jsonl" if form == "lines" else "c.json")
+    content = (
+        "\n".join(map(json.dumps, rows))
+        if form == "lines"
+        else json.dumps(rows, indent=1 if "ind" in form else None)
+    )
+    path.write_text(content, encoding="utf-8")
+    tokenizer = Tokenizer.gpt2()
+    read, _, notes = read_conversations(path, tokenizer, val_fraction=0)
+    assert len(read.ends) == 3
+    learnt = tokenizer.decode(read.tokens[read.is_answer].tolist())
+    assert learnt == "It is 2.<|endoftext|>" * 3
+    assert "b<|endoftext|>" in tokenizer.decode(read.tokens.tolist())
+    said = "\n".join(notes)
+    assert "conversations: 3 as messages; messages: 6 user, 6 assistant" in said
+    assert "3 answers are read but not learnt, since they are marked with weight 0" in said
+    assert "fields that are not used: id" in said
+
+
+def test_rows_with_a_text_and_messages_are_refused_by_both_commands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"text": "<s>What is 2?</s>"} | LAYOUTS["messages"][0]  # type: ignore[operator]
+    path = tmp_path / "c.jsonl"
+    path.write_text(f"{json.dumps(row)}\n" * 30, encoding="utf-8")
+    for words in (
+        ["prepare", "--input", str(path), "--output"],
+        ["train", "--train-data", str(path), "--output-dir"],
+    ):
+        assert main([*words, str(tmp_path / "out")]) == 2
+        assert "has both a text and messages" in capsys.readouterr().err
+    words = ["prepare", "--input", str(path), "--text-field", "text", "--output", str(tmp_path / "out")]
+    assert main([*words, "--clean", "none"]) == 0
