@@ -292,7 +292,8 @@ if hasattr(os, "mkfifo"):
 def _(folder: Path) -> Path:
     with (folder / "a.jsonl").open("wb") as file:
         file.write(b'{"text": "')
-        file.truncate(80 << 20)  # a hole in the file: NULs, and no line end
+        for _ in range(80):
+            file.write(b"a" * (1 << 20))
     return folder / "a.jsonl"
 
 
@@ -693,7 +694,7 @@ for label, (key, value, answer) in {
     "shard that ends in a line end": (f"{SHARD}/file", "train-00000.npy\n", "pattern"),
     "shard listed twice": ("splits/train/shards/1/file", "train-00000.npy", "twice"),
     "vocabulary of 2^62": ("tokenizer/vocab_size", 2**62, "do not make a vocabulary"),
-    "tokenizer without a name": ("tokenizer/name", None, "has no name"),
+    "tokenizer without a name": ("tokenizer/name", None, "has no kind, name and fingerprint"),
     "objects as tokens": ("dtype", "|O", "does not fit a vocabulary"),
     "tokenizer of code": ("tokenizer/kind", "custom", "is custom code"),
     "unknown entry": ("exec", "rm", "Extra inputs"),
