@@ -12,6 +12,7 @@ from atlas.data.sequences.conversations import read_conversations
 from atlas.data.text.formats.chats import ChatReport, read_conversation
 from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.chat import Message
+from tests.archive import documents_of
 
 ASKED, SAID = Message("user", "What is 2?"), Message("assistant", "It is 2.")
 TURNS = [{"role": "user", "content": "What is 2?"}, {"role": "assistant", "content": "It is 2."}]
@@ -178,3 +179,16 @@ def test_rows_with_a_text_and_messages_are_refused_by_both_commands(
         assert "has both a text and messages" in capsys.readouterr().err
     words = ["prepare", "--input", str(path), "--text-field", "text", "--output", str(tmp_path / "out")]
     assert main([*words, "--clean", "none"]) == 0
+
+
+@pytest.mark.parametrize(
+    "field", [{"chat": "room 1"}, {"turns": 3}, {"messages": []}, {"conversation": ["a"]}]
+)
+def test_a_text_with_a_field_of_such_a_name_is_a_text(field: dict, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "words"} | field), encoding="utf-8")
+    assert documents_of(tmp_path) == ["words"]
+
+
+def test_a_text_that_begins_like_bzip2_is_a_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("BZh9 is how bzip2 begins.", encoding="utf-8")
+    assert documents_of(tmp_path) == ["BZh9 is how bzip2 begins."]

@@ -17,7 +17,7 @@ from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
 from tests.archive import documents_of
 
-STORIES = [f"Story {n} tells of geese. They sat by the mill." for n in range(40)]
+STORIES = [f"Story {n} is about geese. They sat by the mill." for n in range(40)]
 
 
 @pytest.mark.parametrize(

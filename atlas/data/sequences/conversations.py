@@ -21,9 +21,9 @@ from torch.utils.data import Dataset
 from atlas.data.prepare.dedup import fractions
 from atlas.data.sequences.dataset import IGNORE_INDEX
 from atlas.data.sequences.packing import pack
-from atlas.data.text.documents import Reading, SourceReport, json_format, read_rows
+from atlas.data.text.documents import Reading, SourceReport, json_format, read_rows, refuse_text_and_messages
 from atlas.data.text.files import TextFile, format_of, is_json
-from atlas.data.text.formats.chats import LISTS, ChatReport, layout_of, read_conversation
+from atlas.data.text.formats.chats import ChatReport, layout_of, read_conversation
 from atlas.data.text.formats.decode import replace_undecodable
 from atlas.errors import DataError
 from atlas.progress import byte_progress
@@ -81,13 +81,8 @@ def holds_conversations(path: str | Path) -> bool:
     if file is None:
         return False
     place, first = next(_rows(file, SourceReport()), ("", None))
-    layout = layout_of(first)
-    if layout in LISTS and isinstance(first, dict) and "text" in first:
-        raise DataError(
-            f"{place}: has both a text and messages; for the text, run atlas prepare with --text-field text; for the "
-            "conversations, leave the field text out of the file"
-        )
-    return layout is not None and not (isinstance(first, dict) and "text" in first)
+    refuse_text_and_messages(first, place, "text")
+    return layout_of(first) is not None and not (isinstance(first, dict) and "text" in first)
 
 
 def read_conversations(

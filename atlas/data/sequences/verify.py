@@ -82,17 +82,18 @@ class DatasetVerifier:
             self._is_done_once.set()
 
     def _look_again(self) -> float:
-        """Verify what has changed, and return the seconds until the next look."""
+        """Verify what has changed, and return the seconds until the next look. If a file cannot be reached at the
+        moment, the next look, or the save, tries again."""
         begun = time.monotonic()
-        self._verify()
+        self._verify(ignore_unreachable=True)
         return max(_INTERVAL, _RARELY * (time.monotonic() - begun))
 
-    def _verify(self) -> None:
+    def _verify(self, *, ignore_unreachable: bool = False) -> None:
         """Verify the files that have changed since they were last verified, or have not been verified yet."""
         with self._one_at_a_time:
-            self._verify_changed()
+            self._verify_changed(ignore_unreachable)
 
-    def _verify_changed(self) -> None:
+    def _verify_changed(self, ignore_unreachable: bool) -> None:
         try:
             stamps = [(path, sha256, stamp_of(path)[0]) for path, sha256 in self._files]
             unknown = [
@@ -109,6 +110,8 @@ class DatasetVerifier:
         except AtlasError as error:
             self._error = error
         except OSError as error:
+            if ignore_unreachable:
+                return
             self._error = DataError(
                 f"{error.filename}: cannot be read ({error.strerror}): the run cannot verify its dataset; restore the "
                 "file, then resume"

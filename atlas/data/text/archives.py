@@ -75,7 +75,7 @@ def is_in_own_order(path: Path) -> bool:
     """Return whether an archive is a compressed tar. Atlas reads the members of such an archive in their stored order,
     because a backward seek would decompress the archive from its start."""
     with path.open("rb") as file:
-        return compression.compression_of(file.read(8)) is not None
+        return compression.compression_of(file.read(compression.LONGEST_MARK)) is not None
 
 
 def _is_zip(path: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import itertools
 import json
 from collections import Counter
@@ -15,7 +14,7 @@ from pydantic import BaseModel, Field
 
 from atlas.data.text.files import Advance, Format, TextFile, open_root
 from atlas.data.text.formats import separators
-from atlas.data.text.formats.chats import LISTS, layout_of
+from atlas.data.text.formats.chats import has_messages, layout_of
 from atlas.data.text.formats.decode import (
     Decoding,
     Piece,
@@ -108,10 +107,12 @@ class Reading:
         if self.separator is not None:
             separators.parse(self.separator)
         if self.encoding is not None:
-            with suppress(LookupError, ValueError):
-                if codecs.lookup(self.encoding)._is_text_encoding:
-                    return
-            raise DataError(f"--encoding {self.encoding}: no such encoding; examples are cp1252 and gb18030")
+            try:
+                b"a".decode(self.encoding, "replace")
+            except (LookupError, ValueError):
+                raise DataError(
+                    f"--encoding {self.encoding}: no such encoding; examples are cp1252 and gb18030"
+                ) from None
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,15 @@ def holds_rows(file: TextFile, *, at_least: int = 2) -> bool:
         return sum(map(_is_object, itertools.islice(lines, at_least))) == at_least
 
 
+def refuse_text_and_messages(row: Any, place: str, text_field: str) -> None:
+    """Raise `DataError` if a row has both a text and a list of messages: only the user knows which one is meant."""
+    if has_messages(row) and text_field in row:
+        raise DataError(
+            f"{place}: has both a text and messages; for the text, run atlas prepare with --text-field {text_field}; "
+            "for the conversations, leave that field out of the file"
+        )
+
+
 def json_format(file: TextFile, text_field: str, *, named: bool) -> Format | None:
     """Return the format of a `.json` file, or None if it has no rows.
 
@@ -261,19 +271,16 @@ def _row(line: str, place: str, like: str) -> Any:
 
 def _row_text(row: Any, place: str, reading: Reading) -> str | None:
     """Return the text of a row, or None if the field is null."""
-    text_field, layout = reading.text_field, layout_of(row)
+    text_field = reading.text_field
     if isinstance(row, str):
         return row  # an item of a list of texts
-    if layout and (isinstance(row, list) or text_field not in row):
+    if not (isinstance(row, dict) and text_field in row) and layout_of(row):
         raise DataError(
             f"{place}: is a conversation, which atlas prepare does not support; pass a file of only conversations to "
-            "atlas train --train-data"
+            "atlas train --train-data, or name the field of a text with --text-field"
         )
-    if layout in LISTS and not reading.names_text_field:
-        raise DataError(
-            f"{place}: has both a text and messages; for the text, add --text-field {text_field} to atlas prepare; for "
-            "the conversations, leave that field out of the file"
-        )
+    if not reading.names_text_field:
+        refuse_text_and_messages(row, place, text_field)
     if not isinstance(row, dict):
         like = f"{{{json.dumps(text_field)}: …}}"
         raise DataError(f"{place}: is {json_name(row)}, not an object; every row must be like {like}")

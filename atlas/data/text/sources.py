@@ -329,7 +329,7 @@ class Sources:
             full, size = filesystem.unstrip_protocol(name), int(files[name].get("size") or 0)
             file = TextFile(full, format_of(name), size, trusted=self._trust)
             # Atlas does not open the files that match a pattern, since opening downloads the beginning of each file.
-            format = self._format(file) if in_folder else file.format
+            format = file.format if _PATTERN.search(path) else self._format(file, named=not in_folder)
             if not format:
                 self.ignored.append(full)
             elif full not in self._roots:

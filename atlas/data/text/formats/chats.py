@@ -99,30 +99,41 @@ class ChatReport(BaseModel):
             yield f"fields that are not used: {fields}"
 
 
-def layout_of(value: object, forced: str | None = None) -> str | None:
+def layout_of(value: object) -> str | None:
     """Return the layout of a row: the field with the list of messages, a pair of fields such as `prompt/response`, or
-    `bare list`. Returns None for a row that is no conversation. `forced` is the layout that the user named."""
+    `bare list`. Returns None for a row that is no conversation."""
     if isinstance(value, list):
-        return "bare list" if value and all(isinstance(item, dict) for item in value) else None
+        return "bare list" if _is_list_of_messages(value) else None
     if not isinstance(value, dict):
         return None
     layouts = [field for field in LISTS if isinstance(value.get(field), (list, str)) and value[field]]
     layouts += ["/".join(pair) for pair in PAIRS if all(value.get(field) is not None for field in pair)]
     if isinstance(value.get("chosen"), list) and "prompt" not in value:
         layouts.append("chosen")
-    if forced is not None:
-        return forced if forced in layouts else None
     return layouts[0] if layouts else None
 
 
-def read_conversation(value: Any, place: str, report: ChatReport, forced: str | None = None) -> list[Message]:
+def has_messages(row: object) -> bool:
+    """Return whether a row has a list of messages, not only a field of such a name."""
+    return isinstance(row, dict) and any(_is_list_of_messages(row.get(field)) for field in LISTS)
+
+
+def _is_list_of_messages(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, dict) and ("role" in item or "from" in item) for item in value)
+    )
+
+
+def read_conversation(value: Any, place: str, report: ChatReport) -> list[Message]:
     """Return the messages of a row up to its last answer, and add to `report`.
 
     Raises `DataError` if the row is no conversation, or has no answer to learn from.
     """
-    layout = layout_of(value, forced)
+    layout = layout_of(value)
     if layout is None:
-        raise DataError(f"{place}: {_no_conversation(value, forced)}")
+        raise DataError(f"{place}: {_no_conversation(value)}")
     found = Counter[str]()
     if layout == "bare list":
         messages = [*_messages(value, place, found)]
@@ -147,9 +158,7 @@ def read_conversation(value: Any, place: str, report: ChatReport, forced: str | 
     return messages
 
 
-def _no_conversation(value: object, forced: str | None) -> str:
-    if forced is not None:
-        return f"does not have the layout {forced} of --chat-format"
+def _no_conversation(value: object) -> str:
     if not isinstance(value, (dict, list)):
         return "is no conversation: a row is an object, or a list of messages"
     fields = ", ".join(str(field)[:40] for field in value) if isinstance(value, dict) else "a list"

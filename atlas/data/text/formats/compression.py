@@ -15,8 +15,12 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-GZIP, ZSTD, BZIP2, XZ = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ\x00"
-MARKS = {GZIP: ".gz", ZSTD: ".zst", BZIP2: ".bz2", XZ: ".xz"}
+GZIP, ZSTD, XZ = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\x00"
+BLOCK, END = b"1AY&SY", b"\x17rE8P\x90"
+"""What follows bzip2's `BZh` and its level: a text can begin with these four letters."""
+BZIP2 = [b"BZh%d" % level + mark for level in range(1, 10) for mark in (BLOCK, END)]
+MARKS = {GZIP: ".gz", ZSTD: ".zst", XZ: ".xz"} | dict.fromkeys(BZIP2, ".bz2")
+LONGEST_MARK = max(map(len, MARKS))
 """The first bytes of a compressed file → the usual ending of its name."""
 ENDINGS = (".gz", ".zst", ".bz2", ".xz")
 ERRORS = (gzip.BadGzipFile, zlib.error, zstd.ZstdError, lzma.LZMAError)
@@ -40,7 +44,7 @@ def decompressed(stream: io.BufferedReader, name: str) -> IO[bytes]:
 
     Raises `EOFError` if the name has the ending of a compressed file, and the content ends within the first bytes.
     """
-    beginning = stream.peek(8)[:8]
+    beginning = stream.peek(LONGEST_MARK)[:LONGEST_MARK]
     if name.lower().endswith((*ENDINGS, ".tgz", ".tbz2", ".txz")) and any(
         len(beginning) < len(mark) and mark.startswith(beginning) for mark in MARKS
     ):
