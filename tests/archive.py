@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from atlas.data.text.report import SourceReport
 from atlas.data.text.sources import Sources
 
 
@@ -23,7 +24,10 @@ def whole(pieces: Any) -> list[str]:
 
 
 def documents_of(*paths: Path, **options: Any) -> list[str]:
-    return whole(Sources(paths, **options).documents())
+    report = SourceReport()
+    documents = whole(Sources(paths, **options).documents(report))
+    report.check_faults(None, at_end=True)
+    return documents
 
 
 def article(number: int, *, newline: str = "\n") -> str:

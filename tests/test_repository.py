@@ -53,9 +53,10 @@ INSIDE = {
     "config": "fields renamed user_code < model < config < loader < presets reference",
     "tokenizer": "base < byte_level chat custom < bpe foreign gpt2 < load",
     "data": "shards",
-    "data.text.formats": "chats compression encodings < decode rows < separators wikipedia",
-    "data.text": "archives demo folders hashes stdin < files < documents < sources",
-    "data.prepare": "cleaning dedup listing shard_writer staleness workspace < split < batching tokenize "
+    "data.text.formats": "chats compression encodings markup < decode sniff rows < separators tables wikipedia < "
+    "mediawiki",
+    "data.text": "archives demo folders hashes report stdin < files < documents < selection < search < sources",
+    "data.prepare": "checks cleaning dedup listing shard_writer staleness workspace < split < batching tokenize "
     "train_tokenizer < merge ray_engine < workers < pipeline",
     "data.sequences": "dataset loader verify < packing < conversations < mixture open < build",
     "model": "documents kv_cache recompute rope < mlp norm < attention < transformer < lora < cost",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atlas.cli.choose_text import ORIGIN
-from atlas.cli.terminal import print_table, printable, say
+from atlas.cli.terminal import ask_or_none, print_table, printable, say
 from atlas.config.loader import describe
 
 if TYPE_CHECKING:
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from atlas.data.shards import Manifest
 
 _INPUT_HELP = (
-    "Text: .txt, .md, .jsonl, .parquet (also .gz, .zst, .bz2, .xz), .zip, .tar, a folder, a 'pattern*', an fsspec URL, "
-    "or - for standard input. The option may be repeated."
+    "Text, JSON, a table (CSV, Parquet, Arrow), HTML, a PDF, an EPUB or a MediaWiki dump, also compressed, an archive, "
+    "a folder, a 'pattern*', an fsspec URL, or - for standard input. The content decides, not the ending. The option "
+    "may be repeated."
 )
 _OUTPUT_HELP = (
     "The dataset's folder. Default: data/processed/wikipedia for the Kaggle archive, else data/processed/<name of the "
@@ -31,6 +32,16 @@ _SEPARATOR_HELP = (
     "Default: <|endoftext|>, or lines that are %, if the text has them."
 )
 _ENCODING_HELP = "The encoding of all text files, such as cp1252. Default: UTF-8, or what the bytes show."
+_ERROR_HELP = (
+    "stop: end at the first row or file that cannot be read. skip: leave out any number of them. Default: leave out a "
+    "few, and name them in left_out.txt."
+)
+_INCLUDE_HELP = (
+    "Read only files of a folder or archive that match, such as '*.txt'. The option may be repeated."
+)
+_EXCLUDE_HELP = (
+    "Leave out files of a folder or archive that match, such as '*.css'. The option may be repeated."
+)
 _CLEAN_HELP = (
     "The cleaning steps, separated by commas: nfc, control, whitespace, duplicates; or the word none."
 )
@@ -75,6 +86,11 @@ def prepare(
     encoding: Annotated[
         str | None, typer.Option(help=_ENCODING_HELP, metavar="NAME", show_default=False)
     ] = None,
+    on_error: Annotated[
+        str | None, typer.Option(help=_ERROR_HELP, metavar="stop|skip", show_default=False)
+    ] = None,
+    include: Annotated[list[str] | None, typer.Option(help=_INCLUDE_HELP, metavar="PATTERN")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help=_EXCLUDE_HELP, metavar="PATTERN")] = None,
     clean: Annotated[
         str, typer.Option(help=_CLEAN_HELP, metavar="STEP,…")
     ] = "nfc,control,whitespace,duplicates",
@@ -110,11 +126,14 @@ def prepare(
         Tokenizer.resolve(tokenizer) if tokenizer else None,
         train_tokenizer=train_tokenizer,
         val_fraction=val_fraction,
-        reading=Reading(text_field or "text", text_field is not None, separator, encoding),
+        reading=Reading(text_field or "text", text_field is not None, separator, encoding, on_error),
+        include=include or (),
+        exclude=exclude or (),
         cleaning=Cleaning(Cleaning.parse(clean), min_chars, near_dedup),
         workers=workers,
         engine=engine,
         trust_archives=trust_archives,
+        ask=ask_or_none(),
     )
     _print_summary(summary)
 

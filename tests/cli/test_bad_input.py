@@ -97,7 +97,7 @@ def write_texts() -> None:
     Path("blank.txt").write_text(" \n\n\t\n", encoding="utf-8")
     Path("utf16.txt").write_text("words in another encoding", encoding="utf-16")
     Path("binary.txt").write_bytes(bytes(range(256)))
-    Path("rows.jsonl").write_text('{"text": "fine"}\n{"body": "not"}\n', encoding="utf-8")
+    Path("rows.jsonl").write_text('\n{"body": "not"}\n', encoding="utf-8")
     Path("nothing").mkdir()
     Path("pictures").mkdir()
     Path("pictures/cat.png").write_bytes(b"\x89PNG")
@@ -184,16 +184,16 @@ MISTAKES = {
         "gigantic": "gigantic: no such preset; the presets are nano, modern-nano, tiny, modern, small",
     },
     "train --config small.yaml --output-dir new --train-data": {
-        "data/processed/missing": "data/processed/missing: no such file or folder; give a .txt, .md, .jsonl",
+        "data/processed/missing": "data/processed/missing: no such file or folder; give text, JSON, a table",
         "empty.txt": "empty.txt: holds no text",
         "blank.txt": "blank.txt: holds no text",
-        "nothing": "nothing: nothing to read; give a .txt, .md, .jsonl",
-        "pictures": "pictures: nothing to read … ignored … cat.png … give a .txt, .md, .jsonl",
-        "pictures/cat.png": "cat.png: .png ending: Atlas reads a .txt, .md, .jsonl",
+        "nothing": "nothing: nothing to read; give text, JSON, a table",
+        "pictures": "pictures: nothing to read … left out … cat.png … give text, JSON, a table",
+        "pictures/cat.png": "cat.png: cannot be read: a picture",
         "short.txt": "short.txt: 4 tokens are too few … max_seq_len 16 … give more text, or",
         "short.txt --overfit-batch": "short.txt: 4 tokens are too few … give more text, or",
         "own --set model.max_seq_len=99999": "own … too few … a smaller model.max_seq_len",
-        "binary.txt": "binary.txt: is a binary file, not text; leave it out, or save it as UTF-8",
+        "binary.txt": "binary.txt: cannot be read: a binary file",
         "rows.jsonl": "rows.jsonl line 2: has no field 'text' (fields: body); name the field",
         "bad_header": "bad_header/train-00000.npy … prepare the dataset again",
         "bad_ids": "bad_ids … token id … 300 tokens; prepare the dataset again",
@@ -302,7 +302,7 @@ MISTAKES = {
         "--tasks arc_easy --limit 0": "--limit 0: … 1",
         "--tasks small.yaml": "--tasks small.yaml: cannot be loaded … fix the file",
         "--tasks nothing": "--tasks nothing: contains no task; name a folder of lm-eval's YAML files",
-        "--data missing.txt": "missing.txt: no such file or folder; give a .txt, .md, .jsonl",
+        "--data missing.txt": "missing.txt: no such file or folder; give text, JSON, a table",
         "--data empty.txt": "empty.txt: holds no text",
         "--data own --batch-size 0": "--batch-size 0: … 1",
     },
@@ -311,7 +311,7 @@ MISTAKES = {
         "--checkpoint broken/bomb.pt": "bomb.pt … without running it",
         "--checkpoint missing.pt": "missing.pt: no such checkpoint",
         "--quantize q9": "--quantize q9 … 'f16' … see atlas export --help",
-        "--data missing.txt": "missing.txt: no such file or folder; give a .txt, .md, .jsonl",
+        "--data missing.txt": "missing.txt: no such file or folder; give text, JSON, a table",
         "--data gpt2": "gpt2: was prepared with tokenizer gpt2 … not with bpe … give the text",
         "--data own --no-verify": "--data: evaluates the file in llama.cpp … omit one of the two options",
         "--data own --format hf": "--data: is for GGUF … omit --data with --format hf",
@@ -337,14 +337,14 @@ MISTAKES = {
     },
     "prepare": {
         "": "--input: is missing; give text, for example data/raw/archive.zip … --list",
-        "--input missing.txt": "missing.txt: no such file or folder; give a .txt, .md, .jsonl",
+        "--input missing.txt": "missing.txt: no such file or folder; give text, JSON, a table",
         "--input empty.txt": "empty.txt: holds no text",
-        "--input nothing": "nothing: nothing to read; give a .txt, .md, .jsonl",
+        "--input nothing": "nothing: nothing to read; give text, JSON, a table",
         "--input parent.zip": "parent.zip: member '../evil.txt' points outside the archive",
         "--input deep.zip": "deep.zip: member 'a/../../evil.txt' points outside the archive",
         "--input absolute.zip": "absolute.zip: member '/evil.txt' points outside the archive",
         "--input drive.zip": "drive.zip … evil.txt' points outside the archive",
-        "--input hollow.zip": "hollow.zip: nothing to read; give a .txt, .md, .jsonl",
+        "--input hollow.zip": "hollow.zip: nothing to read; give text, JSON, a table",
         "--input torn.zip": "torn.zip: is not a zip archive … download or pack it again",
         "--input river.txt --output river.txt": "river.txt: is a file; choose a folder with --output",
         "--input river.txt --output river.txt/a": "river.txt: is a file; choose a folder with --output",

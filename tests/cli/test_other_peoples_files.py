@@ -18,7 +18,8 @@ from atlas.cli import main
 from atlas.data import prepare
 from atlas.data.prepare import pipeline
 from atlas.data.shards import open_dataset
-from atlas.data.text.sources import SourceReport, Sources
+from atlas.data.text.report import SourceReport
+from atlas.data.text.sources import Sources
 from atlas.errors import AtlasError
 from atlas.export.save_imported import save_imported
 from atlas.inference.load import load_model
@@ -228,7 +229,7 @@ def test_a_run_in_the_folder_of_its_text_does_not_read_itself(tmp_path: Path, te
     sources = Sources([texts])
     assert [file.name for file in sources.files] == [str(texts / "river.txt")]
     assert sources.notes(SourceReport()) == [
-        f"1 output folders of atlas train, or their files, are left out ({texts / 'run'} …)"
+        f"1 folders that Atlas made, or their files, are left out ({texts / 'run'} …)"
     ]
 
 

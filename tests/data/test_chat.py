@@ -204,7 +204,7 @@ def test_a_row_without_an_answer_ends_the_command_with_one_line(
     assert f"{path} line 2: is no conversation (fields: prompt)" in line
     assert not (tmp_path / "out").exists()
     assert main(["prepare", "--input", str(path), "--output", str(tmp_path / "p")]) == 2
-    assert "is a conversation, which atlas prepare does not support" in capfd.readouterr().err
+    assert "its rows are conversations, which atlas prepare does not support" in capfd.readouterr().err
     assert main(["plan", "--config", "nano", "--data", str(path)]) == 2
     assert "holds conversations" in capfd.readouterr().err
 

@@ -176,7 +176,7 @@ def test_rows_with_a_text_and_messages_are_refused_by_both_commands(
         ["train", "--train-data", str(path), "--output-dir"],
     ):
         assert main([*words, str(tmp_path / "out")]) == 2
-        assert "has both a text and messages" in capsys.readouterr().err
+        assert "have both a text and messages" in capsys.readouterr().err
     words = ["prepare", "--input", str(path), "--text-field", "text", "--output", str(tmp_path / "out")]
     assert main([*words, "--clean", "none"]) == 0
 

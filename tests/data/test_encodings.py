@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from atlas.data.text.formats.encodings import guess_encodings
-from atlas.data.text.sources import Reading, SourceReport, Sources
+from atlas.data.text.report import SourceReport
+from atlas.data.text.sources import Reading, Sources
 from atlas.errors import AtlasError
 from tests.archive import documents_of, whole
 
@@ -86,7 +87,7 @@ def test_utf_32_and_a_named_encoding_with_zero_bytes_are_text(tmp_path: Path) ->
     (tmp_path / "a.txt").write_bytes("words".encode("utf-32"))
     assert documents_of(tmp_path) == ["words"]
     (tmp_path / "a.txt").write_bytes("words".encode("utf-16-le"))
-    with pytest.raises(AtlasError, match="is a binary file"):
+    with pytest.raises(AtlasError, match="a binary file"):
         documents_of(tmp_path)
     assert documents_of(tmp_path, reading=Reading(encoding="utf-16-le")) == ["words"]
 

@@ -23,11 +23,12 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from atlas.data.sequences.open import resolve_data
-from atlas.data.text import documents as formats
 from atlas.data.text import hashes
+from atlas.data.text.formats import rows
 from atlas.data.text.formats.wikipedia import ArticleReport
 from atlas.data.text.hashes import hashes_of
-from atlas.data.text.sources import Reading, SourceReport, Sources
+from atlas.data.text.report import SourceReport
+from atlas.data.text.sources import Reading, Sources
 from atlas.errors import AtlasError
 from atlas.files import sha256_of
 from tests.archive import ARTICLES, documents_of, kaggle_files, whole, write_folder, write_zip
@@ -58,7 +59,9 @@ def read_to_the_end(sources: Sources) -> list[str]:
     """The documents, each group read as in another process. The bar ends at 100 %."""
     told: list[int] = []
     groups = pickle.loads(pickle.dumps(sources.groups))  # noqa: S301
-    found = [piece for group in groups for piece in group.pieces(SourceReport(), told.append)]
+    report = SourceReport()
+    found = [piece for group in groups for piece in group.pieces(report, told.append)]
+    report.check_faults(None, at_end=True)
     assert sum(told) == sources.total_bytes
     assert min(told) >= 0
     return whole(found)
@@ -75,22 +78,49 @@ def test_text_and_rows_may_be_compressed(ending: str, tmp_path: Path) -> None:
         assert documents_of(tmp_path / f"c{ending}") == ["bare"]
 
 
-@pytest.mark.parametrize("ending", PACKED)
-@pytest.mark.parametrize("inner", [".pdf", ".csv", ".docx", ".html", ".en", ".1", ".PNG"])
-def test_the_ending_inside_the_compression_decides(inner: str, ending: str, tmp_path: Path) -> None:
-    """As without compression: ignored in a folder or an archive, refused if the user named it."""
-    (tmp_path / "a.txt").write_text("text", encoding="utf-8")
-    unread = tmp_path / f"b{inner}{ending}"
-    unread.write_bytes(PACKED[ending](b"%PDF\0" if inner == ".pdf" else b"not to be read as text"))
-    sources = Sources([tmp_path])
-    assert whole(sources.documents()) == ["text"]
-    assert sources.ignored == [unread.name]
-    assert sources.notes(SourceReport()) == [f"1 files of other kinds are ignored ({unread.name} …)"]
-    with pytest.raises(AtlasError, match=f"{inner.lower()}{ending} ending: Atlas reads a .txt"):
+UNREAD = {
+    "7z": (b"7z\xbc\xaf\x27\x1c" + bytes(50), "a 7z archive", "7z x "),
+    "docx": (b"PK\x03\x04" + bytes(26) + b"[Content_Types].xml", "an Office document", "pandoc -t plain "),
+    "png": (b"\x89PNG\r\n\x1a\n" + bytes(50), "a picture", ""),
+    "bin": (bytes(range(256)), "a binary file", ""),
+    "srt": (b"1\n00:00:01,000 --> 00:00:02,000\nHello\n", "subtitles", "sed -E "),
+    "mbox": (b"From a@b.c Mon Jan  1 00:00:00 2024\nSubject: x\n\nbody\n", "a mailbox", "python -c "),
+    "txt": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "a Git LFS pointer",
+        "git lfs",
+    ),
+}
+
+
+@pytest.mark.parametrize("packing", PACKED)
+@pytest.mark.parametrize("ending", UNREAD)
+def test_what_atlas_does_not_read_is_named_with_its_conversion(
+    ending: str, packing: str, tmp_path: Path
+) -> None:
+    """The content decides, compressed or not: left out of a folder or an archive, refused if the user named it."""
+    content, what, command = UNREAD[ending]
+    (tmp_path / "a.txt").write_text("text" * 1000, encoding="utf-8")
+    unread = tmp_path / f"b.{ending}{packing}"
+    unread.write_bytes(PACKED[packing](content))
+    for source in (tmp_path, tmp_path.as_uri()):
+        sources = Sources([source])
+        assert whole(sources.documents()) == ["text" * 1000]
+        [note] = sources.notes(SourceReport())
+        assert note.startswith("1 file is left out, 0.00 MB: " + what)
+        assert unread.name in note
+        assert command in note
+    with pytest.raises(AtlasError, match=f"{unread.name}: cannot be read: {what}.*{command}"):
         Sources([unread])
-    archive = write_zip(tmp_path / "c.zip", {"a.txt": "text", unread.name: unread.read_bytes()})
-    assert documents_of(archive) == ["text"]
-    assert Sources([archive]).ignored == [f"{archive}/{unread.name}"]
+    archive = write_zip(tmp_path / "c.zip", {"a.txt": "text" * 1000, unread.name: unread.read_bytes()})
+    assert documents_of(archive) == ["text" * 1000]
+    assert f"{archive}/{unread.name}: {what}" in "\n".join(Sources([archive]).choice.names_with_reasons())
+
+
+@pytest.mark.parametrize("name", ["b.en", "b.1", "b.log", "b", "b.pdf", "b.docx"])
+def test_a_text_with_any_ending_is_text(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("This is text.", encoding="utf-8")
+    assert documents_of(tmp_path / name) == documents_of(tmp_path) == ["This is text."]
 
 
 @pytest.mark.parametrize("ending", PACKED)
@@ -125,17 +155,17 @@ NO_ROWS = {
 def test_other_json_is_no_text(content: str, ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.json{ending}"
     path.write_bytes(PACKED[ending](content.encode()))
-    said = r"holds no rows: give JSON with one|is not JSON after 0 rows|has several arrays of objects"
+    said = r"no JSON with rows|is not JSON after 0 rows"
     with pytest.raises(AtlasError, match=said):
         read_to_the_end(Sources([path]))
     with pytest.raises(AtlasError, match=said):
         resolve_data(path)
     (tmp_path / "b.txt").write_text("text", encoding="utf-8")
-    url = f"file://{tmp_path.as_posix()}"
-    for source, ignored in ((str(tmp_path), path.name), (url, path.as_uri())):
+    for source in (str(tmp_path), tmp_path.as_uri()):
+        report = SourceReport()
         sources = Sources([source])
-        assert whole(sources.documents()) == ["text"]
-        assert sources.ignored == [ignored]
+        assert whole(sources.documents(report)) == ["text"]
+        assert path.name in "\n".join([*sources.notes(report), *report.fault_notes()])
 
 
 def test_a_single_json_object_is_a_row_where_it_is_named(tmp_path: Path) -> None:
@@ -145,7 +175,9 @@ def test_a_single_json_object_is_a_row_where_it_is_named(tmp_path: Path) -> None
     assert documents_of(tmp_path) == ["one", "text"]
     (tmp_path / "a.json").write_text('{"hidden_size": 64}', encoding="utf-8")
     assert documents_of(tmp_path) == ["text"]
-    assert Sources([tmp_path]).ignored == ["a.json"]
+    assert [*Sources([tmp_path]).choice.left_out] == [
+        "a JSON object without rows; convert it with jq -c '.KEY[]' FILE > FILE.jsonl"
+    ]
 
 
 def test_an_object_with_several_arrays_is_refused_with_a_command_that_chooses_one(tmp_path: Path) -> None:
@@ -188,7 +220,7 @@ def test_concatenated_compressed_streams_are_one(ending: str, tmp_path: Path) ->
 @pytest.mark.parametrize("form", ["zip", "tar", "tgz", "tar.gz", "tar.zst"])
 def test_an_archive_gives_the_documents_of_its_folder(form: str, tmp_path: Path) -> None:
     files: dict[str, str | bytes] = {f"b/text {n}.txt": f"Text {n}." for n in range(12)}
-    files |= {"a/rows.jsonl.gz": gzip.compress(ROWS), "a.md": "top", ".hidden.txt": "no", "x.png": "no"}
+    files |= {"a/rows.jsonl.gz": gzip.compress(ROWS), "a.md": "top", ".hidden.txt": "no", "x.png": "\0"}
     write_folder(tmp_path / "in", {})
     for name, content in files.items():
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +235,7 @@ def test_an_archive_gives_the_documents_of_its_folder(form: str, tmp_path: Path)
         write_tar(path, in_order, "w" if form == "tar.zst" else "w:gz")
     sources = Sources([path])
     assert read_to_the_end(sources) == documents_of(tmp_path / "in")
-    assert sources.ignored == [f"{path}/x.png"]
+    assert [*sources.choice.names_with_reasons()] == [f"{path}/x.png: a picture"]
     assert sources.in_own_order == []
 
 
@@ -212,7 +244,7 @@ def test_the_archive_may_be_a_tar(mode: str, tmp_path: Path) -> None:
     both = dict(reversed(kaggle_files().items()))
     path = write_tar(tmp_path / ("a.tgz" if mode == "w:gz" else "a.tar"), both, mode)  # type: ignore[arg-type]
     assert read_to_the_end(Sources([path])) == ARTICLES
-    assert len(Sources([path]).left_out) == 3
+    assert len(Sources([path]).doubled) == 3
 
 
 def test_names_in_a_tar_may_begin_with_the_folder_it_was_made_in(tmp_path: Path) -> None:
@@ -267,7 +299,7 @@ def test_parquet_rows_are_documents(
     assert read_to_the_end(Sources([path])) == [text for text in texts if text and not text.isspace()]
     report = SourceReport()
     list(Sources([path]).documents(report))
-    assert report.empty_rows[str(path)] == texts.count(None)
+    assert report.empty_rows["Parquet (.parquet)"] == texts.count(None)
 
 
 def test_undecodable_bytes_in_parquet_are_counted(tmp_path: Path) -> None:
@@ -402,8 +434,8 @@ def test_a_folder_stands_for_the_text_files_below_it(
     given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not for hidden ones, pipes, and links that lead out. A file under two names is read once."""
-    names = ["b/10.txt", "b/9.txt", "a.txt", "c d/é/x.md", ".git/no.txt", "b/.no.txt", "no.bin", "a b.gz"]
-    folder = write_folder(tmp_path / "in", dict.fromkeys(names, "text"))
+    names = ["b/10.txt", "b/9.txt", "a.txt", "c d/é/x.md", ".git/no.txt", "b/.no.txt", "a b.gz"]
+    folder = write_folder(tmp_path / "in", dict.fromkeys(names, "text") | {"no.bin": "\0"})
     write_folder(tmp_path / "out", {"secret.txt": "no"})
     (folder / "out").symlink_to(tmp_path / "out")
     (folder / "secret.txt").symlink_to(tmp_path / "out" / "secret.txt")
@@ -415,15 +447,15 @@ def test_a_folder_stands_for_the_text_files_below_it(
     sources = Sources([given])
     shown = [str(Path(given) / name) for name in ("a b.gz", "a.txt", "b/9.txt", "b/10.txt", "c d/é/x.md")]
     assert [file.name for file in sources.files] == shown
-    assert sources.links_out == [str(Path(given) / "secret.txt")]
-    assert sources.ignored == ["no.bin"]
+    assert sources.skipped.links == [f"{given}/out", str(Path(given) / "secret.txt")]
+    assert [*sources.choice.left_out] == ["a binary file"]
     assert [*sources.roots] == ["a b.gz", "a.txt", "b/9.txt", "b/10.txt", "c d/é/x.md"]
 
 
 def test_the_name_of_a_dataset_is_that_of_the_file_without_its_endings(tmp_path: Path) -> None:
     """wiki.de and wiki.en are two datasets."""
-    for name in ("wiki.de.txt", "v1.2.jsonl.gz"):
-        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "wiki.de.txt").write_bytes(b"")
+    (tmp_path / "v1.2.jsonl.gz").write_bytes(gzip.compress(b""))
     assert Sources([tmp_path / "wiki.de.txt"]).stem == "wiki.de"
     assert Sources([tmp_path / "v1.2.jsonl.gz"]).stem == "v1.2"
     assert Sources([tmp_path]).stem == tmp_path.name
@@ -431,7 +463,7 @@ def test_the_name_of_a_dataset_is_that_of_the_file_without_its_endings(tmp_path:
 
 @pytest.mark.parametrize("scheme", ["file", "memory"])
 def test_urls_are_files_folders_and_patterns(scheme: str, tmp_path: Path) -> None:
-    files = {"b.txt": TEXTS[0].encode(), "a/rows.jsonl.gz": gzip.compress(ROWS), "c.png": b"no"}
+    files = {"b.txt": TEXTS[0].encode(), "a/rows.jsonl.gz": gzip.compress(ROWS), "c.png": b"\x89PNG\0"}
     root = f"{scheme}://{tmp_path.as_posix()}"
     filesystem, place = fsspec.core.url_to_fs(root)
     for name, content in files.items():
@@ -574,7 +606,7 @@ def test_reports_of_groups_make_the_report_of_all(tmp_path: Path) -> None:
 def test_a_row_that_is_too_long_is_refused(
     mark: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formats, "_LONGEST_ROW", 100)
+    monkeypatch.setattr(rows, "LONGEST_ROW", 100)
     (tmp_path / "a.jsonl.zst").write_bytes(zstd.compress(mark + b'{"text": "' + b"x" * 200 + b'"}'))
     with pytest.raises(AtlasError, match=r"line 1: is longer than 100 characters"):
         documents_of(tmp_path)

@@ -15,11 +15,12 @@ from pyarrow import parquet
 
 from atlas.cli import main
 from atlas.data import prepare
-from atlas.data.prepare import batching, pipeline
+from atlas.data.prepare import batching, checks, pipeline
 from atlas.data.prepare.pipeline import prepare_text_cached
 from atlas.data.prepare.tokenize import Encoder
 from atlas.data.prepare.workspace import Workspace
 from atlas.data.text import files
+from atlas.data.text.documents import Reading
 from atlas.data.text.formats import decode
 from atlas.errors import DataError
 from atlas.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ ROWS = [json.dumps({"text": text}) for text in TEXTS]
 @pytest.fixture(autouse=True)
 def _small_sizes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(batching, "BATCH_CHARS", 3000)
-    monkeypatch.setattr(pipeline, "_PROBE_CHARS", 3000)  # it would find an error before the work begins
+    monkeypatch.setattr(checks, "_PROBE_CHARS", 3000)  # it would find an error before the work begins
     monkeypatch.setattr(files, "_BUFFER", 4096)
     monkeypatch.setattr(decode, "_CHUNK_BYTES", 4096)
     monkeypatch.setenv("ATLAS_CACHE_DIR", str(tmp_path / "cache"))
@@ -96,7 +97,7 @@ def test_an_error_near_the_end_of_a_file_costs_only_its_end(
     good = path.read_bytes()
     prepare([path], tmp_path / "fresh")
     spoil(path)
-    command = ["prepare", "--input", str(path), "--output", str(out), "--workers", "1"]
+    command = ["prepare", "--input", str(path), "--output", str(out), "--workers", "1", "--on-error", "stop"]
     for again in (False, True):
         encoded.clear()
         assert main(command) == 2
@@ -120,9 +121,9 @@ def test_one_bad_file_of_many_costs_no_other(remedy: str, tmp_path: Path, encode
     folder.mkdir()
     for number in range(60):
         (folder / f"{number}.txt").write_text(TEXTS[number], encoding="utf-8")
-    (folder / "50.txt").write_bytes(b"\0\1\2")
-    with pytest.raises(DataError, match=r"50\.txt: is a binary file"):
-        prepare([folder], tmp_path / "out", workers=1)
+    (folder / "50.txt").write_bytes(gzip.compress(b"cut")[:-3])
+    with pytest.raises(DataError, match=r"50\.txt: the file is damaged"):
+        prepare([folder], tmp_path / "out", workers=1, reading=Reading(on_error="stop"))
     if remedy == "remove":
         (folder / "50.txt").unlink()
     else:
@@ -182,7 +183,7 @@ def test_whatever_is_edited_after_an_error_the_dataset_is_that_of_the_text(
         rows.insert(draw.randrange(len(rows) + 1), b"{")
         path.write_bytes(b"\n".join(rows))
         with pytest.raises(DataError, match="is not JSON"):
-            prepare([folder], tmp_path / "out", tokenizer, **options)  # type: ignore[arg-type]
+            prepare([folder], tmp_path / "out", tokenizer, reading=Reading(on_error="stop"), **options)  # type: ignore[arg-type]
         path.write_bytes(good)
         for _ in range(draw.randrange(3)):
             edit(folder, draw)
@@ -196,7 +197,7 @@ def test_a_text_that_train_prepares_is_not_done_again_either(tmp_path: Path, enc
     path = tmp_path / "r.jsonl"
     path.write_bytes(rows_as("r", ROWS)[:-5])
     with pytest.raises(DataError, match="line 300"):
-        prepare_text_cached([path], Tokenizer.gpt2(), 0.05)
+        prepare_text_cached([path], Tokenizer.gpt2(), 0.05, Reading(on_error="stop"))
     path.write_bytes(rows_as("r", ROWS))
     encoded.clear()
     folder = prepare_text_cached([path], Tokenizer.gpt2(), 0.05)

@@ -71,19 +71,25 @@ def make_encrypted_zip(path: Path) -> None:
 
 BAD_INPUT: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing.txt": (lambda p: None, "no such file or folder"),
-    "notes.docx": (lambda p: p.touch(), ".docx ending: Atlas reads a .txt"),
-    "scan.pdf.gz": (lambda p: p.write_bytes(gzip.compress(b"%PDF")), ".pdf.gz ending: Atlas reads a .txt"),
+    "notes.docx": (
+        lambda p: p.write_bytes(b"PK\x03\x04" + bytes(26) + b"word/document.xml"),
+        "cannot be read: an Office document; convert it with pandoc -t plain",
+    ),
+    "scan.pdf.gz": (
+        lambda p: p.write_bytes(gzip.compress(b"%PDF-1.4\n1 0 obj\n")),
+        "is not a PDF that pypdf can read",
+    ),
     "table.csv.gz": (
-        lambda p: p.write_bytes(gzip.compress(b"id,text")),
-        ".csv.gz ending: Atlas reads a .txt",
+        lambda p: p.write_bytes(gzip.compress(b"id,body\n1,words\n")),
+        "has no field 'text' (fields: body, id); name the field",
     ),
     "array.json.gz": (lambda p: p.write_bytes(gzip.compress(b"[{}]")), "has no field 'text'"),
-    "noending": (lambda p: p.touch(), "no ending: Atlas reads a .txt"),
+    "noending": (lambda p: p.touch(), "holds no text"),
     "text.zip": (lambda p: p.write_text("no zip"), "is not a zip archive"),
     "broken.zip": (make_broken_zip, "the archive is damaged"),
     "encrypted.zip": (make_encrypted_zip, "is encrypted"),
     "none.zip": (lambda p: write_zip(p, {}), "nothing to read"),
-    "images.zip": (lambda p: write_zip(p, {"a.png": b"x"}), "nothing to read"),
+    "images.zip": (lambda p: write_zip(p, {"a.png": b"\0"}), "nothing to read"),
     "up.zip": (lambda p: write_zip(p, {"a/../../b.txt": "x"}), "points outside the archive"),
     "absolute.zip": (lambda p: write_zip(p, {"/etc/b.txt": "x"}), "points outside the archive"),
     "windows.zip": (lambda p: write_zip(p, {"..\\b.txt": "x"}), "points outside the archive"),

@@ -12,7 +12,8 @@ import pytest
 from atlas.data import prepare
 from atlas.data.text.formats import separators
 from atlas.data.text.formats.separators import END_OF_TEXT, Boundaries, split_documents
-from atlas.data.text.sources import Reading, SourceReport, Sources
+from atlas.data.text.report import SourceReport
+from atlas.data.text.sources import Reading, Sources
 from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
 from tests.archive import documents_of

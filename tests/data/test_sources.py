@@ -22,7 +22,8 @@ from atlas.data.text.formats.wikipedia import (
     ArticleReport,
     split_articles,
 )
-from atlas.data.text.sources import Reading, SourceReport, Sources
+from atlas.data.text.report import SourceReport
+from atlas.data.text.sources import Reading, Sources
 from atlas.errors import AtlasError
 from tests.archive import ARTICLES, article, documents_of, kaggle_files, whole, write_folder, write_zip
 
@@ -49,7 +50,7 @@ def test_the_archive_is_read_once_in_each_of_its_layouts(tmp_path: Path) -> None
 def test_a_text_beside_the_archive_is_read_too(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "raw", {**kaggle_files(3), "other/notes.txt": "Notes of my own."})
     assert documents_of(folder) == [*ARTICLES[:3], "Notes of my own."]
-    assert Sources([folder]).left_out == [str(folder / name) for name in sorted(kaggle_files(combined=False))]
+    assert Sources([folder]).doubled == [str(folder / name) for name in sorted(kaggle_files(combined=False))]
 
 
 def test_parts_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
@@ -300,13 +301,13 @@ def test_a_file_is_a_document_and_its_bytes_are_kept(tmp_path: Path) -> None:
         "f.txt": " \n\t\n",
         ".hidden.txt": "no",
         ".git/x.txt": "no",
-        "picture.png": "no",
+        "picture.png": "\0",
     }
     folder = write_folder(tmp_path / "folder", files)
     expected = [files[name] for name in ("a.md", "b.txt", "c/d.TXT")]
     sources = Sources([folder])
     assert whole(sources.documents()) == expected
-    assert sources.ignored == ["picture.png"]
+    assert [*sources.choice.names_with_reasons()] == [f"{folder}/picture.png: a picture"]
     zipped = files | {"__MACOSX/a.txt": "no"}
     assert documents_of(write_zip(tmp_path / "folder.zip", zipped)) == expected
     assert documents_of(folder / "b.txt", folder, folder / "a.md") == [
@@ -351,7 +352,7 @@ def test_rows_without_text_are_counted_and_left_out(tmp_path: Path) -> None:
     path.write_text('{"text": null}\n\n{"text": "one"}\n{"text": null}\n', encoding="utf-8")
     report = SourceReport()
     assert whole(Sources([path]).documents(report)) == ["one"]
-    assert report.empty_rows == {str(path): 2}
+    assert report.empty_rows == {"JSON lines (.jsonl)": 2}
 
 
 def test_undecodable_bytes_are_replaced_counted_and_named(tmp_path: Path) -> None:
@@ -384,14 +385,17 @@ def test_text_with_a_byte_order_mark_is_recognised(codec: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (b"\x7fELF\x02\x01\x01\x00\x00", "a binary file"),
+        (b"\x7fELF\x02\x01\x01\x00\x00", "a program"),
+        (b"a\0b", "a binary file"),
         (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", "a picture"),
     ],
 )
 def test_a_file_that_is_no_text_is_refused_by_name(content: bytes, what: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(content)
-    with pytest.raises(AtlasError, match=rf"a\.txt: is {what}, not text; leave it out"):
+    with pytest.raises(AtlasError, match=rf"nothing to read; 1 file is left out.*{what} \(.*a\.txt\)"):
         documents_of(tmp_path)
+    with pytest.raises(AtlasError, match=rf"a\.txt: cannot be read: {what}"):
+        documents_of(tmp_path / "a.txt")
 
 
 @given(content=st.binary(max_size=300), size=st.integers(1, 7))

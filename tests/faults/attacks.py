@@ -28,6 +28,7 @@ import torch
 
 from atlas.config.loader import read_yaml, resolve
 from atlas.data import open_dataset, prepare
+from atlas.data.text.report import SourceReport
 from atlas.data.text.sources import Sources
 from atlas.export.gguf import export_gguf, read_gguf
 from atlas.export.import_first_version import TENSOR_NAMES, import_first_version
@@ -45,8 +46,17 @@ model: {hidden_size: 16, num_layers: 2, num_heads: 2, max_seq_len: 16}
 training: {batch_size: 2, max_steps: 2e1, learning_rate: 3e-4}
 """
 
+
+def _read(sources: Sources) -> list[str]:
+    """Read all text, as `atlas prepare` does."""
+    report = SourceReport()
+    texts = [piece.text for piece in sources.documents(report)]
+    report.check_faults(None, at_end=True)
+    return texts
+
+
 READERS: dict[str, Callable[[Path], Any]] = {
-    "archive": lambda path: [piece.text for piece in Sources([path]).documents()],
+    "archive": lambda path: _read(Sources([path])),
     "checkpoint": lambda path: load_model(path),
     "sidecar": lambda path: load_checkpoint(path),
     "dataset": lambda path: open_dataset(path).tokenizer(),

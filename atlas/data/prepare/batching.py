@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 from atlas.data.prepare.split import Part, SplitRule
-from atlas.data.text.sources import Advance, Group, SourceReport
+from atlas.data.text.report import SourceReport
+from atlas.data.text.sources import Advance, Group, Sources
 from atlas.errors import AtlasError
 
 BATCH_CHARS = 1 << 19
@@ -88,6 +89,22 @@ def texts_of(groups: Sequence[Group], rule: SplitRule) -> list[list[Group]]:
     """Return the groups of each text. `rule.cut_at` is a position in the complete text, so all groups are then one
     text."""
     return [[group] for group in groups] if rule.cut_at is None else [list(groups)]
+
+
+class TextSoFar:
+    """Keys of growing beginnings of the text, in complete files."""
+
+    def __init__(self, sources: Sources, rule: SplitRule) -> None:
+        self._sources, self._texts = sources, texts_of(sources.groups, rule)
+        self._digest, self._number = hashlib.sha256(), 0
+
+    def key(self, number: int) -> str:
+        """Return the sha256 of the names and hashes of the first `number` texts. `number` must not become smaller."""
+        for text in self._texts[self._number : number]:
+            for group in text:
+                self._digest.update(self._sources.identity_of(group))
+        self._number = number
+        return self._digest.hexdigest()
 
 
 def read_again(groups: Sequence[Group], rule: SplitRule, end: Position) -> str:

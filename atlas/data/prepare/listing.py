@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from atlas.data.shards import MANIFEST, Manifest, is_prepared, read_manifest
-from atlas.data.text.sources import is_text_or_archive
+from atlas.data.text.search import is_text_or_archive
 from atlas.errors import AtlasError
 
 

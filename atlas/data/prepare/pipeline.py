@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from atlas.data.prepare.batching import Batch, Position, read_again, texts_of
+from atlas.data.prepare.batching import Batch, Position, TextSoFar, read_again
+from atlas.data.prepare.checks import require_most, require_space
 from atlas.data.prepare.cleaning import Cleaning
 from atlas.data.prepare.dedup import require_datasketch
 from atlas.data.prepare.merge import Merger
@@ -23,11 +23,20 @@ from atlas.data.prepare.staleness import roots_to_keep, what_changed
 from atlas.data.prepare.tokenize import Encoder
 from atlas.data.prepare.train_tokenizer import train_tokenizer_on
 from atlas.data.prepare.workers import WorkerPool
-from atlas.data.prepare.workspace import State, Workspace, building, locked, refuse_foreign, remove_leftovers
+from atlas.data.prepare.workspace import (
+    LEFT_OUT,
+    State,
+    Workspace,
+    building,
+    locked,
+    refuse_foreign,
+    remove_leftovers,
+)
 from atlas.data.shards import FORMAT_VERSION, Manifest, PreparedDataset, open_dataset, token_dtype
 from atlas.data.text.files import is_url
 from atlas.data.text.hashes import hashes_of
-from atlas.data.text.sources import Reading, SourceReport, Sources
+from atlas.data.text.report import SourceReport
+from atlas.data.text.sources import Reading, Sources
 from atlas.data.text.stdin import spooled_standard_input
 from atlas.errors import AtlasError, DataError
 from atlas.files import cache_folder, explain_failed_write, local_path
@@ -39,11 +48,6 @@ from atlas.tokenizer.bpe import check_vocab_size
 SHARD_TOKENS = 100_000_000
 COMMIT_SECONDS = 10.0
 """Seconds between two commits. A kill loses at most the work since the last commit, and never a finished shard."""
-_WORTH_PRINTING = 1_000_000
-"""Atlas prints how much disk space a dataset needs, if the dataset needs at least this many bytes."""
-_PROBE_CHARS, _PROBE_READS, _ENCODED_PROBE_CHARS = 1 << 23, 1000, 1 << 19
-"""To estimate the size of a dataset, Atlas reads `_PROBE_CHARS` characters, in at most `_PROBE_READS` reads, and
-tokenizes `_ENCODED_PROBE_CHARS` of them."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,14 @@ def prepare(
     train_tokenizer: int | None = None,
     val_fraction: float = 0.05,
     reading: Reading | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     shard_tokens: int = SHARD_TOKENS,
     cleaning: Cleaning | None = None,
     workers: int | None = None,
     engine: str = "local",
     trust_archives: bool = False,
+    ask: Callable[[str], bool] | None = None,
 ) -> Summary:
     """Make a dataset of the text in `inputs`, in the folder `output`, which defaults to `default_output`.
 
@@ -98,8 +105,12 @@ def prepare(
     run on a Ray cluster. The shards are the same in every case, bit for bit. If `output` already contains exactly this
     dataset, nothing is changed. A different dataset is replaced, and an interrupted preparation is resumed.
 
-    Raises `DataError` if input cannot be read, `output` contains other files, or cleaning leaves no text. Unless
-    `trust_archives`, the function also raises `DataError` for an archive that may be a bomb.
+    `include` and `exclude` are patterns for the files of folders and archives. If Atlas would leave out more than 10 %
+    of the bytes, `ask` decides, and None means no.
+
+    Raises `DataError` if input cannot be read, `output` contains other files, cleaning leaves no text, or too much of
+    the input would be left out. Unless `trust_archives`, the function also raises `DataError` for an archive that may
+    be a bomb.
     """
     options = _Options(val_fraction, shard_tokens, train_tokenizer, cleaning or Cleaning())
     target = None if output is None else place_of(local_path("--output", output))
@@ -112,18 +123,30 @@ def prepare(
     else:
         tokenizer = Tokenizer.wrap(tokenizer) if tokenizer else Tokenizer.gpt2()
     with _file_errors(), spooled_standard_input(inputs, target) as stdin:
-        sources = Sources(inputs, reading=reading, trust_archives=trust_archives, stdin=stdin)
+        sources = Sources(
+            inputs,
+            reading=reading,
+            include=include,
+            exclude=exclude,
+            trust_archives=trust_archives,
+            stdin=stdin,
+        )
+        require_most(sources, ask)
         preparation = _Preparation(sources, tokenizer, options, WorkerPool(workers, engine))
         return preparation.run(target or place_of(default_output(sources)))
 
 
-def prepare_text_cached(paths: Sequence[str | Path], tokenizer: Tokenizer, val_fraction: float) -> Path:
+def prepare_text_cached(
+    paths: Sequence[str | Path], tokenizer: Tokenizer, val_fraction: float, reading: Reading | None = None
+) -> Path:
     """Return the dataset folder of plain text. The same content, tokenizer and options are prepared only once.
 
     The dataset is in the user's cache folder, or in the folder that `ATLAS_CACHE_DIR` names.
     """
     with _file_errors():
-        preparation = _Preparation(Sources(paths), tokenizer, _Options(val_fraction), WorkerPool())
+        sources = Sources(paths, reading=reading)
+        require_most(sources, None)
+        preparation = _Preparation(sources, tokenizer, _Options(val_fraction), WorkerPool())
         datasets = cache_folder() / "datasets"
         with explain_failed_write(
             datasets, "set ATLAS_CACHE_DIR to a folder that you may write to", kind=DataError
@@ -165,7 +188,7 @@ class _Preparation:
     def option_values(self) -> dict[str, Any]:
         """The options as `dataset.json` stores them."""
         reading = asdict(self.sources.reading)
-        del reading["names_text_field"]  # the dataset is the same
+        del reading["names_text_field"], reading["on_error"]  # the dataset is the same
         reading = {name: value for name, value in reading.items() if value is not None}
         return asdict(self.options) | reading
 
@@ -194,7 +217,9 @@ class _Preparation:
             if existing := self._existing(output):
                 remove_leftovers(output, work)
                 return Summary(existing, unchanged=True)
-            if next(self.sources.documents(), None) is None:
+            report = SourceReport()
+            if next(self.sources.documents(report), None) is None:
+                report.check_faults(self.sources.reading.on_error, at_end=True)
                 raise DataError(f"{self.sources.names}: holds no text to train on; give a source with text")
             with locked(work), locked(output) if output != work else nullcontext():
                 if existing := self._existing(output):  # another process made it while this process waited
@@ -212,6 +237,8 @@ class _Preparation:
             dataset = open_dataset(output)
             if dataset.manifest.key != self.key:
                 return None
+            if self.sources.reading.on_error == "stop" and dataset.manifest.source.get("faults"):
+                return None  # it was made without the rows that cannot be read
             if dataset.tokenizer_state["kind"] in STORED_AS_FILE:
                 dataset.tokenizer()
             streams = [stream for name in ("train", "val") if (stream := dataset.split(name))]
@@ -255,14 +282,19 @@ class _Preparation:
             workspace.commit({"content_key": sources.content_key, "rule": vars(rule)})
         dtype = token_dtype(tokenizer.vocab_size)
         with closing(Merger(workspace, rule, options.cleaning, dtype, options.shard_tokens)) as merger:
-            _require_space(sources, tokenizer, output, done=merger.tokens)
+            require_space(sources, tokenizer, output, done=merger.tokens)
             if merger.tokens:
                 notify(f"{output}: {merger.tokens:,} tokens were done before; resuming after them")
             report = self._tokenize(merger, Encoder(tokenizer, options.cleaning, dtype.str), workspace)
             splits = merger.finish()
         self._require_text(splits, merger.cleaned["short"].documents)
+        if missing := [*sources.choice.names_with_reasons(), *report.faults]:
+            if unnamed := report.num_faults - len(report.faults):
+                missing.append(f"and {unnamed:,} more rows or files that cannot be read")
+            (folder / LEFT_OUT).write_text("".join(f"{line}\n" for line in missing), encoding="utf-8")
         facts = {"content_key": sources.content_key, "roots": roots_to_keep(sources)}
         notes = [*sources.notes(report), *self._notes(splits, rule, tokenizer)]
+        notes += report.fault_notes(f", see {output / LEFT_OUT}")
         if changed := sources.changed_since_hashed():
             notes.append(
                 f"{changed}: was changed while Atlas read it; the next atlas prepare reads everything again"
@@ -310,12 +342,14 @@ class _Preparation:
                 for batch, encoded in self.pool.encode(self.sources, merger.rule, start, encoder):
                     finished_shard, done = merger.add(batch, encoded), batch
                     report.merge(batch.report)
+                    report.check_faults(self.sources.reading.on_error)
                     advance(batch.bytes_read)
                     last = committed if done.end.part else file_end_committed
                     if finished_shard or time.monotonic() - last >= COMMIT_SECONDS:
                         commit()
                         committed = time.monotonic()
                         file_end_committed = file_end_committed if done.end.part else committed
+                report.check_faults(self.sources.reading.on_error, at_end=True)
             except AtlasError:
                 if merger.tokens:
                     commit()
@@ -348,44 +382,3 @@ class _Preparation:
             )
         if rule.val_fraction and "val" not in splits:
             yield "nothing was held out for validation: too little text for this --val-fraction"
-
-
-class TextSoFar:
-    """Keys of growing beginnings of the text, in complete files."""
-
-    def __init__(self, sources: Sources, rule: SplitRule) -> None:
-        self._sources, self._texts = sources, texts_of(sources.groups, rule)
-        self._digest, self._number = hashlib.sha256(), 0
-
-    def key(self, number: int) -> str:
-        """Return the sha256 of the names and hashes of the first `number` texts. `number` must not become smaller."""
-        for text in self._texts[self._number : number]:
-            for group in text:
-                self._digest.update(self._sources.identity_of(group))
-        self._number = number
-        return self._digest.hexdigest()
-
-
-def _require_space(sources: Sources, tokenizer: Tokenizer, output: Path, *, done: int) -> None:
-    """Print how much disk space the tokens need, estimated from the beginning of the text. Raise `DataError` if the
-    disk has less free space."""
-    bytes_read: list[int] = []
-    tokens = encoded_chars = chars = 0
-    for piece in sources.documents(advance=bytes_read.append):
-        chars += len(piece.text)
-        if encoded_chars < _ENCODED_PROBE_CHARS:
-            tokens += len(tokenizer.encode(piece.text)) + piece.ends_document
-            encoded_chars += len(piece.text)
-        if chars >= _PROBE_CHARS or len(bytes_read) >= _PROBE_READS:
-            break
-    all_chars = chars * max(1, sources.total_bytes) / max(1, sum(bytes_read))
-    all_tokens = int(all_chars * tokens / max(1, encoded_chars))
-    needed = max(0, all_tokens - done) * token_dtype(tokenizer.vocab_size).itemsize
-    free = shutil.disk_usage(output.absolute().parent).free
-    if free < needed:
-        raise DataError(
-            f"{output}: its disk has {free / 1e6:,.1f} MB free, but the tokens of {sources.names} need about "
-            f"{needed / 1e6:,.1f} MB; free some space, or choose a folder on another disk"
-        )
-    if needed >= _WORTH_PRINTING:
-        notify(f"{output}: needs about {needed / 1e6:,.0f} MB of the {free / 1e6:,.0f} MB that are free")

@@ -36,7 +36,9 @@ class WorkerKilled(DataError):
 
 
 _LARGEST_JOURNAL = 64 << 20  # bytes; enough for a hundred thousand shards
-_OWN_FILES = re.compile(r"dataset\.json|tokenizer\.json|(train|val)-\d{5,}(\.docs)?\.npy")
+LEFT_OUT = "left_out.txt"
+"""The file in a dataset's folder that names the rows and files which could not be read."""
+_OWN_FILES = re.compile(r"dataset\.json|left_out\.txt|tokenizer\.json|(train|val)-\d{5,}(\.docs)?\.npy")
 
 
 def refuse_foreign(output: Path) -> None:

@@ -1,16 +1,17 @@
-"""Conversations: JSONL rows of messages → sequences in which only the answers are predicted.
+"""Conversations: rows of messages → sequences in which only the answers are predicted.
 
-A file of conversations is small compared with a text for pretraining, so Atlas keeps the file in memory.
+The conversations are few compared with a text for pretraining, so Atlas keeps them in memory.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,19 +22,21 @@ from torch.utils.data import Dataset
 from atlas.data.prepare.dedup import fractions
 from atlas.data.sequences.dataset import IGNORE_INDEX
 from atlas.data.sequences.packing import pack
-from atlas.data.text.documents import Reading, SourceReport, json_format, read_rows, refuse_text_and_messages
-from atlas.data.text.files import TextFile, format_of, is_json
-from atlas.data.text.formats.chats import ChatReport, layout_of, read_conversation
+from atlas.data.shards import is_prepared
+from atlas.data.text.documents import read_rows
+from atlas.data.text.files import Advance
+from atlas.data.text.folders import Skipped, files_below
+from atlas.data.text.formats.chats import ChatReport, read_conversation
 from atlas.data.text.formats.decode import replace_undecodable
+from atlas.data.text.formats.sniff import ROW_ENDINGS, ROWS
+from atlas.data.text.report import SourceReport
+from atlas.data.text.selection import kind_of_rows, refuse_conversations
+from atlas.data.text.sources import Sources
 from atlas.errors import DataError
 from atlas.progress import byte_progress
 from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.chat import Message, Turn, turns_of
 
-_EXAMPLE = (
-    '{"prompt": …, "response": …} or {"messages": [{"role": "user", "content": …}, {"role": "assistant", '
-    '"content": …}]}'
-)
 _ROWS_PER_STEP = 1024
 FEWEST_HELD_OUT = 20
 """Atlas holds out at least this many conversations for validation, or none. With only two or three, chance would decide
@@ -73,43 +76,44 @@ class Conversations:
 
 
 def holds_conversations(path: str | Path) -> bool:
-    """Return whether the first row of a file is a conversation, and has no text.
+    """Return whether the rows of a file, or of the files in a folder, are conversations.
 
-    Raises `DataError` if a `.json` file is not JSON, or the first row has both a text and messages.
+    Raises `DataError` if the first row has both a text and a list of messages.
     """
-    file = _file(path)
-    if file is None:
+    if is_prepared(path) or not _may_hold_rows(path):
         return False
-    place, first = next(_rows(file, SourceReport()), ("", None))
-    refuse_text_and_messages(first, place, "text")
-    return layout_of(first) is not None and not (isinstance(first, dict) and "text" in first)
+    sources = Sources([path], conversations=True)
+    kinds = {file: kind_of_rows(file, sources.reading) for file in sources.files if file.format in ROWS}
+    for file, kind in kinds.items():
+        if kind == "both":
+            refuse_conversations(file, kind, sources.reading)
+    return "conversation" in kinds.values()
+
+
+def _may_hold_rows(path: str | Path) -> bool:
+    """Return whether a path can have rows, without a look into each of many files of a folder."""
+    if not Path(path).is_dir():
+        return Path(path).is_file() or bool(
+            glob.has_magic(str(path)) and glob.glob(str(path), recursive=True)
+        )
+    return any(ROW_ENDINGS.search(name.lower()) for name, _ in files_below(str(path), Skipped()))
 
 
 def read_conversations(
-    path: str | Path, tokenizer: Tokenizer, *, val_fraction: float
+    path: str | Path, tokenizer: Tokenizer, *, val_fraction: float, chat_format: str | None = None
 ) -> tuple[Conversations, Conversations | None, list[str]]:
-    """Read a JSON file with conversations. Returns the conversations to train on, the held-out conversations or None,
-    and notes, one line each. The hash of each conversation decides whether the conversation is in the `val_fraction`
-    that is held out.
+    """Read the conversations of a file, a folder or a pattern. Returns the conversations to train on, the held-out
+    conversations or None, and notes, one line each. The hash of each conversation decides whether the conversation is
+    in the `val_fraction` that is held out. `chat_format` is the layout that the user named.
 
-    Raises `DataError` for a row that is not a conversation with an answer.
+    Raises `DataError` if too many rows are not conversations with an answer.
     """
-    file = _file(path)
-    if file is None:
-        raise DataError(f"{path}: holds no conversations; give a .jsonl or .json file")
-    understood = ChatReport()
+    sources = Sources([path], conversations=True)
+    report, understood = SourceReport(), ChatReport()
     chats: list[_Chat] = []
     digests = b""
-    undecodable: list[int] = []
-    report = SourceReport()
-    with byte_progress(file.size, "reading conversations") as advance:
-        read = (
-            [
-                message._replace(content=replace_undecodable(message.content, undecodable.append))
-                for message in read_conversation(row, place, understood)
-            ]
-            for place, row in _rows(file, report, advance)
-        )
+    with byte_progress(sources.total_bytes, "reading conversations") as advance:
+        read = _conversations_in(sources, report, understood, chat_format, advance)
         while some := [*itertools.islice(read, _ROWS_PER_STEP)]:
             digests += b"".join(map(_digest_of, some))
             turns = [turns_of(messages) for messages in some]
@@ -117,6 +121,11 @@ def read_conversations(
                 tokenizer.encode_arrays([text for chat in turns for turn in chat for text in turn[:2]])
             )
             chats += [_tokens_of(chat, ids, tokenizer.eos_id) for chat in turns]
+    report.check_faults(sources.reading.on_error, at_end=True)
+    if not chats:
+        raise DataError(
+            f"{path}: holds no conversations; give rows with messages, or a prompt and a response"
+        )
     held_out = fractions(digests)[:, 0] < val_fraction
     if not FEWEST_HELD_OUT <= held_out.sum() < len(chats):
         held_out[:] = False
@@ -126,13 +135,30 @@ def read_conversations(
     none = f" (fewer than {FEWEST_HELD_OUT} are too few for validation)" if val_fraction and not val else ""
     notes = [
         f"{path}: {len(chats) - held_out.sum():,} conversations to train on, {held_out.sum():,} held out{none}; the "
-        "loss counts only the answers",
+        f"loss counts only the answers, {train.is_answer.sum():,} of {len(train.tokens):,} tokens",
+        *sources.notes(report),
         *understood.notes(),
+        *report.fault_notes(),
     ]
-    if replaced := sum(undecodable) + report.undecodable.total():
-        notes.append(f"{path}: {replaced:,} bytes cannot be decoded and became U+FFFD")
-    notes += [f"{path}: is not UTF-8, and was decoded as {encoding}" for encoding in report.encodings]
     return train, val, notes
+
+
+def _conversations_in(
+    sources: Sources, report: SourceReport, understood: ChatReport, chat_format: str | None, advance: Advance
+) -> Iterator[list[Message]]:
+    for file in sources.files:
+        for row in read_rows(file, sources.reading, report, advance):
+            try:
+                messages = read_conversation(row.value, row.place, understood, chat_format)
+            except DataError as error:
+                report.add_fault(error, sources.reading.on_error)
+                continue
+            report.documents[file.kind] += 1
+            on_undecodable = partial(report.add_undecodable, file.name)
+            yield [
+                message._replace(content=replace_undecodable(message.content, on_undecodable))
+                for message in messages
+            ]
 
 
 _Chat = tuple[NDArray[np.uint32], NDArray[np.bool_], int]
@@ -163,19 +189,6 @@ def _digest_of(messages: Sequence[Message]) -> bytes:
     """Return 16 bytes that identify a conversation. They decide whether it is held out, so they never change."""
     content = ", ".join(f"Message(role={m.role!r}, content={m.content!r})" for m in messages)
     return hashlib.blake2b(f"[{content}]".encode(), digest_size=16).digest()
-
-
-def _rows(file: TextFile, report: SourceReport, advance: Any = lambda _: None) -> Iterator[tuple[str, Any]]:
-    return read_rows(file, Reading(), report, advance, like=_EXAMPLE)
-
-
-def _file(path: str | Path) -> TextFile | None:
-    """Return the file if it is a JSON file with rows, else None."""
-    if not Path(path).is_file() or format_of(Path(path).name) != "rows":
-        return None
-    file = TextFile(str(path), "rows", Path(path).stat().st_size)
-    format = json_format(file, "text", named=True) if is_json(Path(path).name) else "rows"
-    return replace(file, format=format) if format else None
 
 
 class ChatDataset(Dataset[tuple[Tensor, ...]]):

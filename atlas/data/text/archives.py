@@ -36,6 +36,8 @@ _CHUNK = 1 << 20
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _IF_TRUSTED = "if you trust its origin, run atlas prepare with --trust-archives"
 
+ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", *(f".tar{ending}" for ending in compression.ENDINGS))
+"""Endings of the names of archives."""
 DAMAGE = (*compression.ERRORS, zipfile.BadZipFile, tarfile.TarError, EOFError, UnicodeDecodeError)
 """Exceptions that the readers of archives and compressed files raise for damaged files."""
 
@@ -50,11 +52,15 @@ class Member:
     """False for a link, a device or a sparse file."""
 
 
+class BombError(DataError):
+    """A file that may unpack to much more than is safe. Unlike a damaged file, it is never left out."""
+
+
 def refuse_bomb(name: str, packed: int, unpacked: int) -> None:
-    """Raise `DataError` if a file of `packed` bytes, which unpacks to at least `unpacked` bytes, may be a bomb."""
+    """Raise `BombError` if a file of `packed` bytes, which unpacks to at least `unpacked` bytes, may be a bomb."""
     if unpacked > max(RATIO_FREE_BYTES, MAX_RATIO * packed):
         kind = "zip bomb" if name.lower().endswith(".zip") else "bomb"
-        raise DataError(
+        raise BombError(
             f"{name}: may be a {kind}: its {packed:,} bytes unpack to {unpacked:,} or more, more than {MAX_RATIO} "
             f"times as many; {_IF_TRUSTED}"
         )
@@ -76,6 +82,11 @@ def is_in_own_order(path: Path) -> bool:
     because a backward seek would decompress the archive from its start."""
     with path.open("rb") as file:
         return compression.compression_of(file.read(compression.LONGEST_MARK)) is not None
+
+
+def has_archive_name(path: str | Path) -> bool:
+    """Return whether a name has the ending of an archive."""
+    return str(path).lower().endswith(ARCHIVES)
 
 
 def _is_zip(path: Path) -> bool:

@@ -11,33 +11,24 @@ import posixpath
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal, cast
+from typing import IO, Any, cast
 
 from atlas.data.text.archives import DAMAGE, open_member, refuse_bomb
-from atlas.data.text.formats.compression import ENDINGS as COMPRESSED
-from atlas.data.text.formats.compression import decompressed
+from atlas.data.text.formats.compression import LONGEST_MARK, compression_of, decompressed
+from atlas.data.text.formats.sniff import NAMES, SAMPLE_BYTES, Format, Unread, identify
 from atlas.errors import DataError
 from atlas.files import encodable
 
 COMBINED = "AllCombined.txt"
 Advance = Callable[[int], None]
-Format = Literal["text", "rows", "json", "parquet"]
-"""`rows` is one JSON object per line. `json` is JSON over several lines."""
 
-FORMATS: dict[str, Format] = {
-    ".txt": "text",
-    ".md": "text",
-    ".jsonl": "rows",
-    ".json": "rows",
-    ".parquet": "parquet",
-}
-ARCHIVES = (".zip", ".tar", ".tgz", ".tbz2", ".txz", *(f".tar{ending}" for ending in COMPRESSED))
-ENDINGS = (*FORMATS, *COMPRESSED, ".zip", ".tar", ".tgz", ".tbz2", ".txz")
 _PART = re.compile(r"wiki_\d+")
 _BUFFER = 1 << 20
 HTTP = ("http://", "https://")
+_FEW_BYTES = 4096
+"""Bytes that show what most files are. There may be hundreds of thousands of small files."""
 _HTTP_SECONDS = 60
 """A download fails if its server sends nothing for this many seconds."""
 
@@ -47,50 +38,12 @@ def is_url(path: str | Path) -> bool:
     return "://" in str(path)
 
 
-def format_of(name: str) -> Format | None:
-    """Return the format of a file with this name, or None if Atlas does not read such files.
-
-    A `.json` file may hold something other than rows: see `is_json`.
-    """
-    *compressed, inner = _split_compression(name)
-    suffix = posixpath.splitext(inner)[1]
-    if not suffix and (compressed or _PART.fullmatch(posixpath.basename(inner))):
-        return "text"
-    format = FORMATS.get(suffix)
-    return None if compressed and format == "parquet" else format
-
-
-def ending_of(name: str) -> str:
-    """Return the ending of a name together with the compression ending, such as `.pdf.gz`. Returns an empty string for
-    a name without an ending."""
-    *compressed, inner = _split_compression(name)
-    return posixpath.splitext(inner)[1] + "".join(compressed)
-
-
-def is_json(name: str) -> bool:
-    """Return whether a name ends with `.json`, compressed or not. Only the file's content shows whether the file holds
-    rows."""
-    return _split_compression(name)[-1].endswith(".json")
-
-
-def _split_compression(name: str) -> list[str]:
-    """Separate the compression ending: `A.PDF.gz` → [`.gz`, `a.pdf`], `a.pdf` → [`a.pdf`]."""
-    stem, suffix = posixpath.splitext(name.lower())
-    return [suffix, stem] if suffix in COMPRESSED else [stem + suffix]
-
-
-def is_archive(name: str) -> bool:
-    """Return whether a name has the ending of an archive."""
-    return name.lower().endswith(ARCHIVES)
-
-
 @dataclass(frozen=True)
 class TextFile:
     """One file of text. `root` is the path or URL of the file or, if `member` is set, the path of its archive."""
 
     root: str
-    format: Format | None
-    """The format of the content, or None if Atlas does not read the file."""
+    format: Format
     size: int
     """The size in bytes. A compressed file has its compressed size. A member of an archive has its size after
     extraction."""
@@ -118,13 +71,19 @@ class TextFile:
 
     @property
     def is_part(self) -> bool:
-        """Whether the file is named like a part of the Kaggle archive."""
-        return _PART.fullmatch(self.basename) is not None
+        """Whether the file is text, and named like a part of the Kaggle archive."""
+        return self.format == "text" and _PART.fullmatch(self.basename) is not None
 
     @property
     def is_combined(self) -> bool:
-        """Whether the file is named like the combined text of the Kaggle archive."""
-        return self.basename == COMBINED
+        """Whether the file is text, and named like the combined text of the Kaggle archive."""
+        return self.format == "text" and self.basename == COMBINED
+
+    @property
+    def kind(self) -> str:
+        """The format and the ending of the name, for tables, such as `text (.md)`."""
+        ending = posixpath.splitext(self.basename)[1]
+        return f"{NAMES[self.format]} ({ending.lower()})" if 1 < len(ending) <= 10 else NAMES[self.format]
 
     @contextmanager
     def open(self, advance: Advance = lambda _: None) -> Iterator[io.BufferedReader]:
@@ -146,6 +105,25 @@ class TextFile:
         except (OSError, NotImplementedError) as error:
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"{self.name}: cannot be read: {reason!s:.200}; check the file") from None
+
+    def identified(self, text_field: str = "text", encoding: str | None = None) -> TextFile | Unread:
+        """Return this file with the format that its content shows, or what it is if Atlas does not read it. `encoding`
+        is the encoding that the user named."""
+        with self.open() as stream:
+            beginning = stream.read(_FEW_BYTES)
+            if len(beginning) == _FEW_BYTES and not isinstance(identify(beginning, self.basename), Unread):
+                beginning += stream.read(SAMPLE_BYTES - _FEW_BYTES)
+        if encoding:
+            beginning = beginning.decode(encoding, errors="ignore").encode()
+        found = identify(beginning, self.basename, text_field)
+        if found in ("parquet", "arrow") and (self.member or self._is_compressed):
+            return Unread(f"{NAMES[found]} that is compressed or in an archive", "unpack it")
+        return found if isinstance(found, Unread) else replace(self, format=found)
+
+    @property
+    def _is_compressed(self) -> bool:
+        with open_root(self.root) as raw:
+            return compression_of(raw.read(LONGEST_MARK)) is not None
 
     def unpack_counter(self) -> Advance:
         """Return a function that counts unpacked bytes. The function raises `DataError` if the number suggests a bomb,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from atlas.files import encodable
 
@@ -12,6 +13,20 @@ _LOGS_OF_A_RUN = {"metrics.jsonl", "training.log"}
 _OF_A_RUN = re.compile(
     r"metrics(\.lost)?\.jsonl|training(\.rank-\d+)?\.log|config\.yaml|atlas\.lock|atlas_.*\.(pt|json)|previous-\d+|moving\.json"
 )
+_OF_A_DATASET = {"dataset.json", "train-00000.npy"}
+
+
+@dataclass
+class Skipped:
+    """What Atlas passes over in a folder, by name."""
+
+    unreadable: list[str] = field(default_factory=list)
+    """Subfolders that cannot be read, such as the `lost+found` of a disk."""
+    own: list[str] = field(default_factory=list)
+    """Output folders of runs, and datasets. Atlas does not read its own logs as text."""
+    links: list[str] = field(default_factory=list)
+    """Links to folders, and links that point outside the folder. Atlas does not follow such links, because the folder
+    may be untrusted and the files outside may be private."""
 
 
 def is_of_a_run(path: str) -> bool:
@@ -22,32 +37,34 @@ def is_of_a_run(path: str) -> bool:
     )
 
 
-def files_below(
-    folder: str, unreadable: list[str], own: list[str], prefix: str = ""
-) -> Iterator[tuple[str, os.DirEntry[str]]]:
+def files_below(folder: str, skipped: Skipped, prefix: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
     """Yield the files in a folder and its subfolders, each with its name relative to the folder. Hidden files and
-    folders are left out, and links to folders are not followed. A subfolder that cannot be read is added to
-    `unreadable`, and the output folder of a run to `own`. If `folder` itself is the output folder of a run, the run's
-    files are left out. Calls to `pathlib` would take most of the time."""
+    folders are left out; what else is passed over is added to `skipped`. If `folder` itself is the output folder of a
+    run, the run's files are left out. Calls to `pathlib` would take most of the time."""
     try:
         scan = os.scandir(folder)
     except PermissionError:
         if not prefix:
             raise
-        unreadable.append(encodable(folder))
+        skipped.unreadable.append(encodable(folder))
         return
     with scan as found:
         entries = [*found]
-        is_of_a_run = {entry.name for entry in entries} >= _LOGS_OF_A_RUN
-        if is_of_a_run:
-            own.append(encodable(folder))
-        if is_of_a_run and prefix:
-            return
+        names = {entry.name for entry in entries}
+        is_of_a_run = names >= _LOGS_OF_A_RUN
+        if is_of_a_run or (prefix and names >= _OF_A_DATASET):
+            skipped.own.append(encodable(folder))
+            if prefix:
+                return
         for entry in entries:
             if entry.name.startswith(".") or (is_of_a_run and _OF_A_RUN.fullmatch(entry.name)):
                 continue
             if entry.is_dir(follow_symlinks=False):
-                yield from files_below(entry.path, unreadable, own, f"{prefix}{entry.name}/")
-            # `is_file` raises an error for a link to itself, and `isfile` returns False.
-            elif os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file():
+                yield from files_below(entry.path, skipped, f"{prefix}{entry.name}/")
+            elif entry.is_symlink():
+                if os.path.isdir(entry.path):
+                    skipped.links.append(encodable(entry.path))
+                elif os.path.isfile(entry.path):  # False for a link to itself
+                    yield prefix + entry.name, entry
+            elif entry.is_file():
                 yield prefix + entry.name, entry

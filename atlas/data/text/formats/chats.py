@@ -46,6 +46,8 @@ PAIRS = (
     ("user", "assistant"),
 )
 """Fields with a question and its answer. An earlier pair is preferred."""
+PARTS_OF_A_ROW = {*LISTS, "prompt", "completion", "chosen", "rejected", "history", "tools", "functions"}
+"""Fields whose list of objects is a part of a row, not a list of rows."""
 _MORE_OF_QUESTION = {
     "instruction": ("input", "context"),
     "prompt": ("input", "context"),
@@ -99,9 +101,9 @@ class ChatReport(BaseModel):
             yield f"fields that are not used: {fields}"
 
 
-def layout_of(value: object) -> str | None:
+def layout_of(value: object, forced: str | None = None) -> str | None:
     """Return the layout of a row: the field with the list of messages, a pair of fields such as `prompt/response`, or
-    `bare list`. Returns None for a row that is no conversation."""
+    `bare list`. Returns None for a row that is no conversation. `forced` is the layout that the user named."""
     if isinstance(value, list):
         return "bare list" if _is_list_of_messages(value) else None
     if not isinstance(value, dict):
@@ -110,6 +112,8 @@ def layout_of(value: object) -> str | None:
     layouts += ["/".join(pair) for pair in PAIRS if all(value.get(field) is not None for field in pair)]
     if isinstance(value.get("chosen"), list) and "prompt" not in value:
         layouts.append("chosen")
+    if forced is not None:
+        return forced if forced in layouts else None
     return layouts[0] if layouts else None
 
 
@@ -126,14 +130,14 @@ def _is_list_of_messages(value: object) -> bool:
     )
 
 
-def read_conversation(value: Any, place: str, report: ChatReport) -> list[Message]:
+def read_conversation(value: Any, place: str, report: ChatReport, forced: str | None = None) -> list[Message]:
     """Return the messages of a row up to its last answer, and add to `report`.
 
     Raises `DataError` if the row is no conversation, or has no answer to learn from.
     """
-    layout = layout_of(value)
+    layout = layout_of(value, forced)
     if layout is None:
-        raise DataError(f"{place}: {_no_conversation(value)}")
+        raise DataError(f"{place}: {_no_conversation(value, forced)}")
     found = Counter[str]()
     if layout == "bare list":
         messages = [*_messages(value, place, found)]
@@ -158,7 +162,9 @@ def read_conversation(value: Any, place: str, report: ChatReport) -> list[Messag
     return messages
 
 
-def _no_conversation(value: object) -> str:
+def _no_conversation(value: object, forced: str | None) -> str:
+    if forced is not None:
+        return f"does not have the layout {forced}"
     if not isinstance(value, (dict, list)):
         return "is no conversation: a row is an object, or a list of messages"
     fields = ", ".join(str(field)[:40] for field in value) if isinstance(value, dict) else "a list"

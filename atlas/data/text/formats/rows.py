@@ -1,23 +1,23 @@
-"""JSON over several lines → rows: an array, or an object that contains one, or complete objects in a row."""
+"""JSON lines, and JSON that contains an array of rows → rows."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from atlas.data.text.formats.chats import LISTS
+from atlas.data.text.formats.chats import PARTS_OF_A_ROW
 from atlas.errors import DataError
 
 LONGEST_ROW = 64 << 20
-PARTS_OF_A_ROW = {*LISTS, "prompt", "completion", "chosen", "rejected", "history", "tools", "functions"}
-"""Fields whose list of objects is a part of a row, not a list of rows."""
 _CHUNK = 1 << 18
 _LOOK_AHEAD = 1000
 _LIST_OF_OBJECTS = re.compile(r"\[\s*\{")
 _BLANKS = re.compile(r"[ \t\r\n\f\ufeff]*")
+OnBad = Callable[[DataError], None]
+"""Receives the error of a row that cannot be read. It returns if the row is left out, or raises the error."""
 
 
 class Row(NamedTuple):
@@ -27,12 +27,34 @@ class Row(NamedTuple):
     value: Any
 
 
-def json_rows(chunks: Iterable[str], name: str) -> Iterator[Row]:
+def json_lines(lines: Iterable[str], name: str, on_bad: OnBad) -> Iterator[Row]:
+    """Yield the value of each line that is not blank. The error of a line that is no JSON, or has more than
+    `LONGEST_ROW` characters, goes to `on_bad`."""
+    number, is_rest = 0, False  # whether the line continues one that is too long
+    for line in lines:
+        number += not is_rest
+        skip = is_rest or not line.strip()
+        is_rest = not line.endswith("\n")
+        if skip:
+            continue
+        place = f"{name} line {number}"
+        if len(line) > LONGEST_ROW:
+            on_bad(DataError(f"{place}: is longer than {LONGEST_ROW:,} characters; split its text into rows"))
+            continue
+        try:
+            value = json.loads(line.rstrip("\r\n"))
+        except (ValueError, RecursionError) as error:
+            on_bad(DataError(f"{place}: is not JSON: {_reason(error)}; every line must be one JSON object"))
+        else:
+            yield Row(place, value)
+
+
+def json_rows(chunks: Iterable[str], name: str, on_bad: OnBad) -> Iterator[Row]:
     """Yield the rows of a JSON text: the items of an array, or of the one array of objects in an object, or complete
     objects, one after the other. A long array needs little memory.
 
-    Raises `DataError` for text that is not JSON, after the rows before it, and for an object with several arrays of
-    objects.
+    Raises `DataError` if an object has several arrays of objects. An error in the JSON goes to `on_bad` and ends the
+    rows, since nothing after it can be understood.
     """
     text, numbers, done = _JsonText(chunks), itertools.count(1), 0
     try:
@@ -45,9 +67,13 @@ def json_rows(chunks: Iterable[str], name: str) -> Iterator[Row]:
                 yield Row(f"{name} row {done}", value)
     except (ValueError, RecursionError) as error:
         place = f"{name} line {text.line}"
-        raise DataError(
-            f"{place}: is not JSON after {done:,} rows: {error!s:.200}; correct the file"
-        ) from None
+        on_bad(DataError(f"{place}: is not JSON after {done:,} rows: {_reason(error)}; correct the file"))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.removesuffix(' at')} at character {error.colno}"
+    return str(error)
 
 
 class _JsonText:

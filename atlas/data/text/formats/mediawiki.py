@@ -1,0 +1,99 @@
+"""A MediaWiki dump (`pages-articles.xml`), or the output of WikiExtractor → articles.
+
+The export format: https://www.mediawiki.org/wiki/Help:Export#Export_format
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import IO, Any
+from xml.etree import ElementTree
+
+from atlas.data.text.formats.decode import Piece
+from atlas.data.text.formats.separators import Boundaries, Separator, split_documents
+from atlas.errors import DataError
+
+_ARTICLES, _FILE, _CATEGORY = "0", "6", "14"
+"""Numbers of namespaces. Only pages in the namespace of articles are read."""
+_LONGEST_PAGE = 4 << 20
+"""MediaWiki stores at most 2 MiB per page."""
+_DROPPED_TAGS = ("ref", "table", "gallery", "math", "timeline", "score", "syntaxhighlight", "imagemap")
+_LANGUAGE = re.compile(r"\s*[a-z]{2,3}(?:-[a-z-]+)?\s*:")
+_SWITCH = re.compile(r"__[A-Z]+__")
+_BLANKS = re.compile(r"[ \t]{2,}")
+_MANY_LINES = re.compile(r"\n{3,}")
+_DOC_ENDS = Separator("<doc> elements", re.compile(r"</doc>\s*(?:<doc id=\"[^>\n]*>)?"))
+_DOC_BEGINS = re.compile(r"\s*<doc id=\"[^>\n]*>")
+
+
+def dump_articles(stream: IO[bytes], name: str) -> Iterator[str]:
+    """Yield the articles of a dump as plain text, each with its title first. Redirects and pages about the wiki itself
+    are left out.
+
+    Raises `DataError` if the dump is damaged.
+    """
+    media = {"file", "image", "category"}
+    try:
+        events = ElementTree.iterparse(stream, events=("start", "end"))
+        _, root = next(events)
+        for event, node in events:
+            tag = node.tag.rpartition("}")[2]
+            if event == "end" and tag == "namespace" and node.get("key") in (_FILE, _CATEGORY):
+                media.add((node.text or "").lower())
+            elif event == "end" and tag == "page":
+                fields = {child.tag.rpartition("}")[2]: child for child in node.iter()}
+                wikitext = fields["text"].text if "text" in fields else None
+                if (
+                    wikitext
+                    and "redirect" not in fields
+                    and _text_of(fields.get("ns"), _ARTICLES) == _ARTICLES
+                ):
+                    text = plain_text(wikitext[:_LONGEST_PAGE], media)
+                    if text:
+                        yield f"{_text_of(fields.get('title'), '')}\n\n{text}".strip()
+                root.clear()
+    except (ElementTree.ParseError, StopIteration) as error:
+        raise DataError(f"{name}: is not a complete dump ({error}); download it again") from None
+
+
+def _text_of(node: ElementTree.Element | None, default: str) -> str:
+    return default if node is None else node.text or default
+
+
+def plain_text(wikitext: str, media: set[str]) -> str:
+    """Return the text of a page without templates, tables, references, pictures and categories. `media` contains the
+    names of the namespaces of files and categories, in small letters."""
+    import mwparserfromhell
+
+    page: Any = mwparserfromhell.parse(wikitext)
+    for tag in page.filter_tags(matches=lambda node: str(node.tag).strip().lower() in _DROPPED_TAGS):
+        _remove(page, tag)
+    for link in page.filter_wikilinks():
+        prefix, colon, _ = str(link.title).partition(":")
+        if colon and (
+            prefix.strip().lower() in media or (_LANGUAGE.match(str(link.title)) and not link.text)
+        ):
+            _remove(page, link)
+    text = _SWITCH.sub("", page.strip_code(normalize=True, collapse=True))
+    lines = (_BLANKS.sub(" ", line.strip()) for line in text.split("\n"))
+    return _MANY_LINES.sub("\n\n", "\n".join(lines)).strip()
+
+
+def _remove(page: Any, node: Any) -> None:
+    with suppress(ValueError):  # it was inside another node that is already removed
+        page.remove(node)
+
+
+def extracted_articles(chunks: Iterable[str], found: Boundaries) -> Iterator[Piece]:
+    """Yield the articles of WikiExtractor's output, without its tags, and fill `found`."""
+    chunks = iter(chunks)
+    beginning = next(chunks, "")
+    rest = _DOC_BEGINS.sub("", beginning, count=1) if _DOC_BEGINS.match(beginning) else beginning
+
+    def without_first_tag() -> Iterator[str]:
+        yield rest
+        yield from chunks
+
+    yield from split_documents(without_first_tag(), _DOC_ENDS, found)

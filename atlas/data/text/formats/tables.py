@@ -1,0 +1,158 @@
+"""CSV, TSV, Parquet and Arrow → rows."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import IO, Any
+
+from atlas.data.text.formats.rows import LONGEST_ROW, OnBad, Row
+from atlas.errors import DataError, first_line
+
+DELIMITERS = "\t,;|"
+_SAMPLE_LINES = 100
+_BATCH_ROWS = 32
+"""Rows decoded per step. The number is small because a dictionary-encoded column can repeat a long text in every row,
+at a cost of a few bytes per row."""
+_BUFFER = 1 << 20
+_NAMES_SHOWN = 8
+
+
+def delimiter_of(header: str) -> str:
+    """Return the most frequent delimiter in the first line of a table."""
+    return max(DELIMITERS, key=header.count)
+
+
+def _has_quotes(lines: list[str], delimiter: str) -> bool:
+    """Return whether quotes in a table enclose cells. In a table with tabs, they are often part of the text."""
+    if delimiter != "\t":
+        return True
+    cells = [cell for line in lines for cell in line.rstrip("\r\n").split(delimiter) if cell.startswith('"')]
+    return bool(cells) and all(len(cell) > 1 and cell.endswith('"') for cell in cells)
+
+
+def csv_rows(lines: Iterable[str], name: str, on_bad: OnBad) -> Iterator[Row]:
+    """Yield the rows of a table, as dicts by the names in its first line.
+
+    A row with too many or too few cells, or with a quote that does not end, goes to `on_bad`.
+    """
+    lines = iter(lines)
+    first = [*itertools.islice(filter(str.strip, lines), _SAMPLE_LINES)]
+    delimiter = delimiter_of(first[0] if first else "")
+    quoting: Any = csv.QUOTE_MINIMAL if _has_quotes(first, delimiter) else csv.QUOTE_NONE
+    csv.field_size_limit(LONGEST_ROW)
+    reader = csv.reader(itertools.chain(first, lines), delimiter=delimiter, quoting=quoting, strict=True)
+    names = next(reader, [])
+    number = 1
+    while True:
+        number += 1
+        place = f"{name} row {number}"
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            on_bad(DataError(f"{place}: cannot be read: {error}; correct its quotes"))
+            continue
+        if cells is None:
+            return
+        if len(cells) == len(names):
+            yield Row(place, dict(zip(names, cells, strict=True)))
+        elif cells:
+            on_bad(
+                DataError(
+                    f"{place}: has {len(cells):,} cells, but the first line has {len(names):,}; quote each cell that "
+                    "contains the delimiter"
+                )
+            )
+
+
+class ColumnarFile:
+    """An open Parquet or Arrow file. `batches` yields record batches of the given columns.
+
+    Raises `DataError` if the file is damaged.
+    """
+
+    def __init__(self, stream: IO[bytes], name: str, *, is_parquet: bool) -> None:
+        self.name = name
+        with _damage(name, "Parquet" if is_parquet else "Arrow"):
+            if is_parquet:
+                from pyarrow import parquet
+
+                table = parquet.ParquetFile(stream, buffer_size=_BUFFER)
+                self.schema = table.schema_arrow
+                self.num_rows: int | None = table.metadata.num_rows
+                self._metadata = table.metadata
+                self._batches = partial(table.iter_batches, batch_size=_BATCH_ROWS)
+            else:
+                from pyarrow import ipc
+
+                is_file = stream.read(6) == b"ARROW1"
+                stream.seek(0)
+                reader = ipc.open_file(stream) if is_file else ipc.open_stream(stream)
+                self.schema, self.num_rows, self._metadata = reader.schema, None, None
+                self._batches = partial(_arrow_batches, reader, is_file=is_file)
+
+    def batches(self, columns: list[str]) -> Iterator[Any]:
+        """Yield record batches of at most `_BATCH_ROWS` rows."""
+        with _damage(self.name, "Parquet" if self._metadata else "Arrow"):
+            yield from self._batches(columns=columns)
+
+    def claimed_bytes(self, column: str) -> int:
+        """Return the size of a column after decompression, as the file states it."""
+        if self._metadata is None:
+            return 0
+        groups = (self._metadata.row_group(number) for number in range(self._metadata.num_row_groups))
+        found = (group.column(place) for group in groups for place in range(group.num_columns))
+        return sum(part.total_uncompressed_size for part in found if part.path_in_schema == column)
+
+    def check_text(self, column: str) -> None:
+        """Raise `DataError` unless the file has this column, with text in it."""
+        from pyarrow import types
+
+        if column not in self.schema.names:
+            raise DataError(
+                f"{self.name}: has no column {column!r} (columns: {shown_names(self.schema.names)}); name the column "
+                "of the text with --text-field"
+            )
+        kind = self.schema.field(column).type
+        value = kind.value_type if types.is_dictionary(kind) else kind
+        if not (types.is_string(value) or types.is_large_string(value) or types.is_string_view(value)):
+            raise DataError(f"{self.name}: column {column!r} is {value}, not text")
+
+
+def _arrow_batches(reader: Any, columns: list[str], *, is_file: bool) -> Iterator[Any]:
+    all_batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+    for batch in all_batches:
+        chosen = batch.select(columns)
+        for start in range(0, len(chosen), _BATCH_ROWS):
+            yield chosen.slice(start, _BATCH_ROWS)
+
+
+def column_texts(column: Any) -> Iterator[str | None]:
+    """Yield the texts of a column. Lone surrogates stand for bytes that are not UTF-8."""
+    from pyarrow import types
+
+    is_dictionary = types.is_dictionary(column.type)
+    for row in column:
+        content = (row.value if is_dictionary else row).as_buffer() if row.is_valid else None
+        yield None if content is None else content.to_pybytes().decode("utf-8", errors="surrogateescape")
+
+
+def shown_names(names: Iterable[str]) -> str:
+    """Return the first names of fields, for messages."""
+    names = [*names]
+    return ", ".join(str(name)[:40] for name in names[:_NAMES_SHOWN]) or "none"
+
+
+@contextmanager
+def _damage(name: str, kind: str) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(
+            f"{name}: is not a complete {kind} file ({first_line(error)}); download or write it again"
+        ) from None

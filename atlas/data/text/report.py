@@ -1,0 +1,145 @@
+"""What Atlas finds in the sources while it reads them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import NoReturn
+
+from pydantic import BaseModel, Field
+
+from atlas.data.text.formats.separators import Boundaries
+from atlas.data.text.formats.wikipedia import ArticleReport
+from atlas.errors import DataError
+from atlas.progress import notify
+
+MOST_FAULTS = 100
+"""With more faults, Atlas stops, since something is wrong with the input as a whole."""
+MOST_NAMED = 10_000
+"""Atlas names this many rows and files that cannot be read. With more, it only counts them."""
+_FREE_FAULTS, _FAULT_SHARE = 5, 0.001
+_KINDS_SHOWN, BOUNDARIES_SHOWN, _FAULTS_SHOWN = 10, 3, 10
+_DETAIL = re.compile(r"'[^']*'|[\d,]+")
+
+
+class SourceReport(BaseModel):
+    """Findings about the sources, collected while Atlas reads them."""
+
+    undecodable: Counter[str] = Field(default_factory=Counter)
+    """Number of bytes that were replaced by U+FFFD, by file name."""
+    encodings: Counter[str] = Field(default_factory=Counter)
+    """Number of files in each encoding that Atlas recognised, besides UTF-8."""
+    empty_rows: Counter[str] = Field(default_factory=Counter)
+    """Number of rows without text, by kind of file."""
+    documents: Counter[str] = Field(default_factory=Counter)
+    """Number of documents, by kind of file."""
+    separators: Counter[str] = Field(default_factory=Counter)
+    """Number of documents that each separator gave."""
+    boundaries: list[str] = Field(default_factory=list)
+    """The first boundaries between documents, for the user to check."""
+    hints: dict[str, str] = Field(default_factory=dict)
+    """What may separate documents in files that were read as one document → the first such file."""
+    faults: list[str] = Field(default_factory=list)
+    """The first rows and files that cannot be read and are left out, each with its place and the reason."""
+    num_faults: int = 0
+    """Number of all rows and files that cannot be read."""
+    articles: ArticleReport | None = None
+    untitled: int = 0
+    """Number of files that are named like the files of the Kaggle archive, but contain no title."""
+
+    def notes(self) -> Iterator[str]:
+        """Yield notes for the user, one line each, except those on faults."""
+        for name, count in self.undecodable.items():
+            yield f"{name}: {count:,} bytes cannot be decoded and were replaced by U+FFFD"
+        for kind, count in self.empty_rows.items():
+            yield f"{kind}: {count:,} rows have no text"
+        for encoding, count in self.encodings.items():
+            yield f"{count:,} files are not UTF-8, and were decoded as {encoding}"
+        for separator, count in self.separators.items():
+            yield f"{count:,} documents, separated by {separator}"
+        yield from (f"boundary: {boundary}" for boundary in self.boundaries)
+        yield from (f"{name}: is read as one document; {hint}" for hint, name in self.hints.items())
+        if self.untitled:
+            yield (
+                f"{self.untitled:,} files are named like those of the Kaggle archive, but hold no title: each is read "
+                "as plain text"
+            )
+        if articles := self.articles:
+            yield f"{articles.articles:,} articles, separated by {articles.rule}"
+            yield from (f"boundary: {boundary}" for boundary in articles.boundaries)
+            warnings = (articles.doubt and f"{articles.doubt}: look at the boundaries", articles.warning)
+            yield from (f"warning: {warning}" for warning in warnings if warning)
+
+    def merge(self, other: SourceReport) -> None:
+        """Add `other`, the report on the text that follows."""
+        for counts in ("undecodable", "encodings", "empty_rows", "documents", "separators"):
+            getattr(self, counts).update(getattr(other, counts))
+        self.hints = other.hints | self.hints
+        self.boundaries = [*self.boundaries, *other.boundaries][:BOUNDARIES_SHOWN]
+        self.faults = [*self.faults, *other.faults][:MOST_NAMED]
+        self.num_faults += other.num_faults
+        self.untitled += other.untitled
+        if self.articles is None:
+            self.articles = other.articles
+        elif other.articles:
+            self.articles.merge(other.articles)
+
+    def fault_notes(self, where: str = "") -> Iterator[str]:
+        """Yield the number of rows and files that cannot be read, and the first of them. `where` says where all are
+        named."""
+        if self.faults:
+            what = "row or file" if self.num_faults == 1 else "rows or files"
+            yield f"{self.num_faults:,} {what} cannot be read and are left out{where}:"
+            yield from self.faults[:_FAULTS_SHOWN]
+
+    def add_undecodable(self, name: str, count: int) -> None:
+        """Count bytes of a file that were replaced by U+FFFD."""
+        self.undecodable[name] += count
+
+    def add_encoding(self, encoding: str) -> None:
+        """Count a file whose encoding Atlas recognised."""
+        self.encodings[encoding] += 1
+
+    def add_boundaries(self, separator: str, found: Boundaries) -> None:
+        """Record how a file was separated."""
+        self.separators[separator] += found.documents
+        self.boundaries = [*self.boundaries, *found.shown][:BOUNDARIES_SHOWN]
+
+    def add_fault(self, error: DataError, on_error: str | None) -> None:
+        """Record a row or file that cannot be read. Raises `DataError` if `on_error` is `stop`, or if there are more
+        than `MOST_FAULTS` faults and `on_error` is not `skip`."""
+        if on_error == "stop":
+            raise error
+        self.num_faults += 1
+        if len(self.faults) < MOST_NAMED:
+            self.faults.append(str(error))
+        if on_error is None and self.num_faults > MOST_FAULTS:
+            self._refuse()
+
+    def check_faults(self, on_error: str | None, *, at_end: bool = False) -> None:
+        """Raise `DataError` if too many rows or files cannot be read. `on_error` is `skip` if the user allowed any
+        number of them. With `at_end`, all sources were read."""
+        documents = self.documents.total()
+        allowed = min(MOST_FAULTS, max(_FREE_FAULTS, _FAULT_SHARE * documents), documents - 1)
+        too_many = {
+            "stop": True,  # an earlier call left them out, and its work is resumed
+            "skip": at_end and documents == 0,
+            None: self.num_faults > (allowed if at_end else MOST_FAULTS),
+        }
+        if self.num_faults and too_many[on_error]:
+            self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        """Print one fault of each kind, and raise `DataError`."""
+        skip = "leave them out with --on-error skip"
+        kinds = {_DETAIL.sub("", fault.partition(": ")[2]): fault for fault in reversed(self.faults)}
+        if self.num_faults == 1:
+            raise DataError(self.faults[0])
+        if len(kinds) == 1:
+            raise DataError(f"{self.faults[0]} ({self.num_faults - 1:,} more such rows or files; {skip})")
+        for fault in [*reversed(kinds.values())][:_KINDS_SHOWN]:
+            notify(fault)
+        raise DataError(
+            f"{self.num_faults:,} rows or files cannot be read (one of each kind above); correct them, or {skip}"
+        )

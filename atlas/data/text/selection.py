@@ -1,0 +1,213 @@
+"""Which files of a folder or an archive Atlas reads, and why it leaves out the others."""
+
+from __future__ import annotations
+
+import fnmatch
+import posixpath
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from atlas.data.text.documents import BOTH, Reading, read_rows
+from atlas.data.text.files import TextFile, is_url
+from atlas.data.text.formats.chats import has_messages, layout_of
+from atlas.data.text.formats.sniff import ROWS, Format, Unread
+from atlas.data.text.report import SourceReport
+from atlas.errors import DataError
+
+MOST_LEFT_OUT = 0.1
+"""Atlas asks the user if it would leave out more than this share of the bytes."""
+_CODE_ENDINGS = """
+    py pyi pyx c h cc cpp cxx hh hpp cs java js mjs cjs ts tsx jsx go rs rb php pl pm t sh bash zsh
+    fish ps1 bat cmd lua r jl swift kt kts scala clj cljs hs ml mli fs fsx ex exs erl el lisp scm
+    vim sql css scss sass less vue svelte xml xsl xsd yaml yml toml ini cfg conf cmake mk am ac m4
+    in gradle ipynb proto asm s f f90 f95 pas d dart zig nim m mm v sv vhd vhdl tcl awk sed diff
+    patch dts dtsi ld lds glsl cu cuh rules service desktop spec po pot svg map lock bib sty cls
+    groovy tf nix bzl bazel j2 tmpl
+    """
+_CODE = frozenset(f".{ending}" for ending in _CODE_ENDINGS.split())
+"""Endings of source code, settings and translations."""
+_CODE_NAMES = frozenset(
+    ("makefile", "dockerfile", "kconfig", "kbuild", "cmakelists.txt", "jenkinsfile", "rakefile")
+)
+_ABOUT = (
+    "readme", "license", "licence", "copying", "notice", "changelog", "changes", "contributing", "citation", "authors",
+)  # fmt: skip
+"""Beginnings of the names of texts about the other files."""
+_AS_TEXT: tuple[Format, ...] = ("text", "jsonl", "json", "csv", "html")
+_SHOWN, _MOST_PATTERNS = 3, 6
+
+
+@dataclass
+class Choice:
+    """The files to read, in order, and those that are left out, by the reason."""
+
+    files: list[TextFile] = field(default_factory=list)
+    left_out: dict[str, list[TextFile]] = field(default_factory=dict)
+
+    def leave_out(self, file: TextFile, reason: str) -> None:
+        """Add a file that Atlas does not read."""
+        self.left_out.setdefault(reason, []).append(file)
+
+    def merge(self, other: Choice) -> None:
+        """Add `other`, the choice among the files that follow."""
+        self.files += other.files
+        for reason, files in other.left_out.items():
+            self.left_out.setdefault(reason, []).extend(files)
+
+    def notes(self) -> Iterator[str]:
+        """Yield one line for each reason why files are left out."""
+        for reason, files in self.left_out.items():
+            count = "1 file is" if len(files) == 1 else f"{len(files):,} files are"
+            names = ", ".join(file.name for file in files[:_SHOWN])
+            more = " …" if len(files) > _SHOWN else ""
+            yield f"{count} left out, {_size(files) / 1e6:,.2f} MB: {reason} ({names}{more})"
+
+    def names_with_reasons(self) -> Iterator[str]:
+        """Yield one line for each file that is left out."""
+        yield from (f"{file.name}: {reason}" for reason, files in self.left_out.items() for file in files)
+
+    @property
+    def share_left_out(self) -> float:
+        """The share of the bytes in the files that are left out."""
+        left_out = sum(map(_size, self.left_out.values()))
+        return left_out / max(1, left_out + _size(self.files))
+
+    def exclude_options(self) -> str:
+        """Return the options that leave out the same files, for a message."""
+        kept = {posixpath.splitext(file.basename)[1] for file in self.files}
+        patterns = dict.fromkeys(
+            file.basename if ending in kept or not ending else f"*{ending}"
+            for files in self.left_out.values()
+            for file in files
+            for ending in [posixpath.splitext(file.basename)[1]]
+        )
+        if len(patterns) > _MOST_PATTERNS or not {file.basename for file in self.files}.isdisjoint(patterns):
+            return "--exclude PATTERN"
+        return " ".join(f"--exclude {shlex.quote(pattern)}" for pattern in patterns)
+
+
+def _size(files: Iterable[TextFile]) -> int:
+    return sum(file.size for file in files)
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Return whether a name with its folders, or without them, matches one of the patterns. `*` matches `/` too."""
+    base = posixpath.basename(name)
+    return any(
+        fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(base, pattern) for pattern in patterns
+    )
+
+
+def choose(
+    found: Iterable[tuple[TextFile, TextFile | Unread]], reading: Reading, *, conversations: bool
+) -> Choice:
+    """Choose among the files of a folder or an archive: each file with its format, or with what it is if Atlas does not
+    read it. With `conversations`, only rows with conversations are read.
+
+    A folder that is mostly source code is read as text. In other folders, code is left out. Beside rows, files such as
+    a README describe the rows, and are left out.
+    """
+    found = [*found]
+    code = sum(file.size for file, _ in found if is_code(file))
+    readable = sum(file.size for file, what in found if not isinstance(what, Unread) and not is_code(file))
+    is_codebase = code > readable and not conversations
+    choice = Choice()
+    rows: list[TextFile] = []
+    for file, what in found:
+        if is_codebase and _is_text(what):
+            choice.files.append(replace(file, format="text"))
+        elif isinstance(what, Unread):
+            choice.leave_out(file, what.explain("FILE"))
+        elif is_code(file):
+            choice.leave_out(file, "source code")
+        else:
+            rows += [what] if what.format in ROWS else []
+            choice.files.append(what)
+    return _among_rows(choice, rows, reading, conversations=conversations) if rows else choice
+
+
+def is_code(file: TextFile) -> bool:
+    """Return whether the name of a file is that of source code or settings."""
+    name = file.basename.lower()
+    return posixpath.splitext(name)[1] in _CODE or name in _CODE_NAMES
+
+
+def _is_text(what: TextFile | Unread) -> bool:
+    return what.is_text if isinstance(what, Unread) else what.format in _AS_TEXT
+
+
+def _among_rows(choice: Choice, rows: list[TextFile], reading: Reading, *, conversations: bool) -> Choice:
+    """Leave out the files that describe the rows, and rows of another kind than the others.
+
+    Raises `DataError` if only rows of another kind are left.
+    """
+    kinds = _kinds_of(rows, reading)
+    wanted = "conversation" if conversations else "document"
+    has_wanted = wanted in kinds.values()
+    chosen = Choice(left_out=choice.left_out)
+    for file in choice.files:
+        kind = kinds.get(file)
+        if kind is None and (conversations or _is_about(file)):
+            chosen.leave_out(file, "no rows, beside files of rows")
+        elif kind is not None and kind != wanted and has_wanted:
+            chosen.leave_out(file, _other_rows(kind, reading, conversations=conversations))
+        else:
+            if kind is not None and not conversations:
+                refuse_conversations(file, kind, reading)
+            chosen.files.append(file)
+    return chosen
+
+
+def _kinds_of(rows: Iterable[TextFile], reading: Reading) -> dict[TextFile, str]:
+    """Return the kind of rows in each file. Behind URLs, all files with the same ending are like the first."""
+    kinds: dict[TextFile, str] = {}
+    by_ending: dict[str, str] = {}
+    for file in rows:
+        ending = posixpath.splitext(file.basename)[1]
+        is_known = is_url(file.root) and ending in by_ending
+        kinds[file] = by_ending[ending] if is_known else kind_of_rows(file, reading)
+        by_ending.setdefault(ending, kinds[file])
+    return kinds
+
+
+def _other_rows(kind: str, reading: Reading, *, conversations: bool) -> str:
+    if conversations:
+        return "rows that are no conversations"
+    if kind == "other":
+        return f"rows without {reading.text_field!r}"
+    return "conversations; give them to atlas train --train-data"
+
+
+def _is_about(file: TextFile) -> bool:
+    return file.format == "text" and file.basename.lower().startswith(_ABOUT)
+
+
+def refuse_conversations(file: TextFile, kind: str, reading: Reading) -> None:
+    """Raise `DataError` for a file whose rows are conversations, or have both a text and messages."""
+    if kind == "conversation":
+        raise DataError(
+            f"{file.name}: its rows are conversations, which atlas prepare does not support; pass a file of only "
+            "conversations to atlas train --train-data, or name the field of a text with --text-field"
+        )
+    if kind == "both":
+        raise DataError(
+            f"{file.name}: its rows have {BOTH}; for the text, run atlas prepare with --text-field "
+            f"{reading.text_field}; for the conversations, leave that field out of the file"
+        )
+
+
+def kind_of_rows(file: TextFile, reading: Reading) -> str:
+    """Return what the first row of a file is: `document` if it has the text field, `conversation`, `both` or
+    `other`."""
+    try:
+        row = next(read_rows(file, reading, SourceReport(), lambda _: None), None)
+    except DataError:
+        return "document"  # the error is reported when the file is read
+    if row is None or isinstance(row.value, str):
+        return "document"
+    has_text = isinstance(row.value, dict) and reading.text_field in row.value
+    layout = layout_of(row.value)
+    if has_text and not reading.names_text_field and has_messages(row.value):
+        return "both"
+    return "document" if has_text else "conversation" if layout else "other"
