@@ -71,7 +71,7 @@ def both(dataset: PreparedDataset) -> list[str]:
 
 
 def test_what_each_step_removed_is_counted(tmp_path: Path) -> None:
-    unique = [f"Document number {n}, with some words." for n in range(40)]
+    unique = [f"Document number {n}, with some words." for n in range(120)]
     documents = [*unique, "tiny", unique[3] + "  ", unique[5] + "\x00", " " + unique[5], *unique[:2]]
     cleaning = Cleaning(min_chars=10)
     dataset = prepare(
@@ -100,7 +100,7 @@ def test_a_long_copy_is_removed_again(tmp_path: Path, monkeypatch: pytest.Monkey
     """It comes in pieces, over several shards, and what was written of it is removed."""
     monkeypatch.setattr(text, "PIECE_CHARS", 100)
     long = [f"Document {n} is " + f"long and number {n} " * 60 for n in range(4)]
-    short = [f"Short document {n}." for n in range(30)]
+    short = [f"Short document {n}." for n in range(120)]
     documents = [
         long[0],
         *short[:10],
@@ -150,7 +150,7 @@ def test_copies_are_never_on_both_sides(tmp_path: Path) -> None:
 
 
 def test_the_order_of_files_does_not_change_the_split(tmp_path: Path) -> None:
-    files = {f"{n:03d}.txt": f"Text of file {n}, which says {n * n}." for n in range(80)}
+    files = {f"{n:03d}.txt": f"Text of file {n}, which says {n * n}." for n in range(120)}
     other = dict(zip(files, random.Random(2).sample(list(files.values()), len(files)), strict=True))
     sides = []
     for name, content in (("a", files), ("b", other)):
@@ -158,7 +158,7 @@ def test_the_order_of_files_does_not_change_the_split(tmp_path: Path) -> None:
         dataset = prepare([archive], tmp_path / name, characters(), val_fraction=0.3).dataset
         sides.append((set(documents_in(dataset, "train")), set(documents_in(dataset, "val"))))
     assert sides[0] == sides[1]
-    assert len(sides[0][0] | sides[0][1]) == 80
+    assert len(sides[0][0] | sides[0][1]) == 120
 
 
 def test_near_duplicates_are_dropped_when_asked(tmp_path: Path) -> None:
@@ -166,10 +166,11 @@ def test_near_duplicates_are_dropped_when_asked(tmp_path: Path) -> None:
     different = [" ".join(words[n * 100 : n * 100 + 100]) for n in range(30)]
     near = [document + " and z" for document in different[:7]]  # 96 of 98 runs of five words are the same
     source = rows(tmp_path / "a.jsonl", different + near)
-    dataset = prepare([source], tmp_path / "near", characters(), cleaning=Cleaning(near_dedup=True)).dataset
+    near_dedup = Cleaning(near_dedup=True)
+    dataset = prepare([source], tmp_path / "near", characters(), val_fraction=0, cleaning=near_dedup).dataset
     assert sorted(both(dataset)) == sorted(different)
     assert dataset.manifest.cleaning["near_duplicates"].documents == 7
-    assert len(both(prepare([source], tmp_path / "exact", characters()).dataset)) == 37
+    assert len(both(prepare([source], tmp_path / "exact", characters(), val_fraction=0).dataset)) == 37
 
 
 def test_unknown_steps_are_refused() -> None:

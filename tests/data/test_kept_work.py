@@ -119,15 +119,15 @@ def test_an_error_near_the_end_of_a_file_costs_only_its_end(
 def test_one_bad_file_of_many_costs_no_other(remedy: str, tmp_path: Path, encoded: list[str]) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
-    for number in range(60):
+    for number in range(120):
         (folder / f"{number}.txt").write_text(TEXTS[number], encoding="utf-8")
-    (folder / "50.txt").write_bytes(gzip.compress(b"cut")[:-3])
-    with pytest.raises(DataError, match=r"50\.txt: the file is damaged"):
+    (folder / "110.txt").write_bytes(gzip.compress(b"cut")[:-3])
+    with pytest.raises(DataError, match=r"110\.txt: the file is damaged"):
         prepare([folder], tmp_path / "out", workers=1, reading=Reading(on_error="stop"))
     if remedy == "remove":
-        (folder / "50.txt").unlink()
+        (folder / "110.txt").unlink()
     else:
-        (folder / "50.txt").write_text(TEXTS[50] if remedy == "correct" else "new", encoding="utf-8")
+        (folder / "110.txt").write_text(TEXTS[110] if remedy == "correct" else "new", encoding="utf-8")
     encoded.clear()
     dataset = prepare([folder], tmp_path / "out", workers=1).dataset
     assert len(encoded) == (9 if remedy == "remove" else 10)

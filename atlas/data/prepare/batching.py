@@ -86,9 +86,8 @@ def read_batches(groups: Sequence[Group], rule: SplitRule, start: Position) -> I
 
 
 def texts_of(groups: Sequence[Group], rule: SplitRule) -> list[list[Group]]:
-    """Return the groups of each text. `rule.cut_at` is a position in the complete text, so all groups are then one
-    text."""
-    return [[group] for group in groups] if rule.cut_at is None else [list(groups)]
+    """Return the groups of each text. The cuts of a rule count all documents, so all groups are then one text."""
+    return [[group] for group in groups] if rule.cuts is None else [list(groups)]
 
 
 class TextSoFar:

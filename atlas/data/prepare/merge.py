@@ -52,9 +52,9 @@ class Merger:
     ) -> None:
         state = workspace.state.get("assembly", {})
         self.rule, self.cleaning = rule, cleaning
-        # If the split rule has a cut, the rule has already left out and counted short documents. Half of a document may
+        # If the split rule has cuts, the rule has already left out and counted short documents. Half of a document may
         # be empty, so the merger does not check the length of a half.
-        self._checks_length = rule.cut_at is None
+        self._checks_length = rule.cuts is None
         self._min_chars = max(1, cleaning.min_chars) if self._checks_length else 1
         near = ["near_duplicates"] if cleaning.near_dedup else []
         cleaned = state.get("cleaned") or {step: {} for step in (*cleaning.steps, "short", *near)}
@@ -122,7 +122,7 @@ class Merger:
         if self.similar and encoded.signatures:
             near = [i for i in np.flatnonzero(keep) if not self.similar.add(encoded.signatures[i])]
             self._drop("near_duplicates", encoded, keep, np.array(near, dtype=np.int64))
-        if self.rule.cut_at is None:
+        if self.rule.cuts is None:
             held_out = self.rule.holds_out(encoded.digests)
         else:
             held_out = np.array([part.split == "val" for part in parts], dtype=bool)

@@ -18,7 +18,7 @@ from atlas.data.prepare.checks import require_most, require_space
 from atlas.data.prepare.cleaning import Cleaning
 from atlas.data.prepare.dedup import require_datasketch
 from atlas.data.prepare.merge import Merger
-from atlas.data.prepare.split import FEWEST_DOCUMENTS, SplitRule
+from atlas.data.prepare.split import SplitRule
 from atlas.data.prepare.staleness import roots_to_keep, what_changed
 from atlas.data.prepare.tokenize import Encoder
 from atlas.data.prepare.train_tokenizer import train_tokenizer_on
@@ -46,6 +46,8 @@ from atlas.tokenizer import STORED_AS_FILE, Tokenizer
 from atlas.tokenizer.bpe import check_vocab_size
 
 SHARD_TOKENS = 100_000_000
+_SPLIT_VERSION = 2
+"""The version of the rules by which documents are held out."""
 COMMIT_SECONDS = 10.0
 """Seconds between two commits. A kill loses at most the work since the last commit, and never a finished shard."""
 
@@ -205,7 +207,7 @@ class _Preparation:
 
     def _key_with(self, content_key: str | None) -> str:
         fingerprint = self.tokenizer.fingerprint if self.tokenizer else None
-        identity = [FORMAT_VERSION, content_key, fingerprint, self.option_values]
+        identity = [FORMAT_VERSION, _SPLIT_VERSION, content_key, fingerprint, self.option_values]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def run(self, output: Path, work: Path | None = None) -> Summary:
@@ -255,7 +257,7 @@ class _Preparation:
         if state["content_key"] == self.sources.content_key:
             return True
         rule, end = SplitRule(**state["rule"]), Position(*state["position"])
-        depends_on_the_rest = rule.cut_at is not None or self._split_rule.cut_at is not None
+        depends_on_the_rest = rule.cuts is not None or self._split_rule.cuts is not None
         if depends_on_the_rest:
             return False
         if TextSoFar(self.sources, rule).key(end.group) != state["groups"]:
@@ -264,7 +266,9 @@ class _Preparation:
 
     @cached_property
     def _split_rule(self) -> SplitRule:
-        return SplitRule.choose(self.sources.documents(), self.options.val_fraction, self.options.cleaning)
+        with byte_progress(self.sources.total_bytes, "counting documents") as advance:
+            documents = self.sources.documents(advance=advance)
+            return SplitRule.choose(documents, self.options.val_fraction, self.options.cleaning)
 
     def _make(self, output: Path, workspace: Workspace, key: str) -> None:
         """Tokenize every document once, and write the shards and `dataset.json`. The method resumes the work of an
@@ -375,10 +379,11 @@ class _Preparation:
         wanted = self.options.train_tokenizer
         if wanted and tokenizer.vocab_size < wanted:
             yield f"the text is too small for {wanted:,} tokens: the vocabulary has {tokenizer.vocab_size:,}"
-        if rule.cut_at is not None:
+        if rule.cuts is not None:
+            of = "each document" if len(rule.cuts) > 1 else "the text"
             yield (
-                f"fewer than {FEWEST_DOCUMENTS} documents: instead of a split by document, "
-                f"the last {100 * rule.val_fraction:.3g} % of the text are held out for validation"
+                f"{len(rule.cuts):,} documents are too few to hold out some of them: instead, "
+                f"the last {100 * rule.val_fraction:.3g} % of {of} are held out for validation"
             )
         if rule.val_fraction and "val" not in splits:
             yield "nothing was held out for validation: too little text for this --val-fraction"

@@ -79,7 +79,7 @@ def _read_bundle(groups: Sequence[Group], rule: SplitRule, start: Position, firs
 
 def _bundles(groups: Sequence[Group], rule: SplitRule, start: Position) -> Iterator[tuple[Any, ...]]:
     """Yield the arguments of `_read_bundle` for each bundle of consecutive groups, from `start` on."""
-    if rule.cut_at is not None:
+    if rule.cuts is not None:
         yield groups, rule, start, 0
         return
     first, part = start

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,8 +14,12 @@ from atlas.data.prepare.cleaning import Cleaning
 from atlas.data.prepare.dedup import fractions
 from atlas.data.text.formats.decode import Piece, last_word_end
 
-FEWEST_DOCUMENTS = 20
-"""With fewer documents, Atlas cuts the text by position, since the sizes of a split by hash would depend on chance."""
+FEWEST_DOCUMENTS = 100
+"""With fewer documents, Atlas holds out passages, since the sizes of a split by hash would depend on chance."""
+_FEWEST_HELD_OUT, _MOST_COUNTED = 5, 10_000
+"""A split by hash needs so many documents that it holds out about `_FEWEST_HELD_OUT`. Atlas counts at most
+`_MOST_COUNTED`."""
+_SHORTEST_PASSAGE = 200
 
 
 class Part(NamedTuple):
@@ -29,14 +33,15 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class SplitRule:
-    """The rule of the split. Without `cut_at`, the hash of each document decides. With `cut_at`, all text after that
-    many characters is held out.
+    """The rule of the split. Without `cuts`, the hash of each document decides. With `cuts`, the end of each document
+    is held out, or of some documents if they are short. No document is held out completely.
 
-    With `cut_at`, duplicates and short documents are left out first. Otherwise the cut could divide such a document.
+    With `cuts`, duplicates and short documents are left out first. Otherwise a cut could divide such a document.
     """
 
     val_fraction: float
-    cut_at: int | None = None
+    cuts: tuple[int | None, ...] | None = None
+    """For each document, the number of characters before the passage that is held out, or None without a passage."""
     copies: tuple[int, ...] = ()
     """Numbers of the documents that repeat an earlier document."""
     copied_chars: int = 0
@@ -46,13 +51,15 @@ class SplitRule:
 
     @staticmethod
     def choose(documents: Iterable[Piece], val_fraction: float, cleaning: Cleaning) -> SplitRule:
-        """Choose the rule. Reads at most the first `FEWEST_DOCUMENTS` documents."""
+        """Choose the rule. Reads at most as many documents as a split by hash needs."""
         if val_fraction == 0:
             return SplitRule(0.0)
         seen: set[bytes] = set()
         copies: list[int] = []
         short: list[int] = []
-        count = chars = cleaned = total = copied_chars = short_chars = 0
+        lengths: list[int] = []
+        needed = min(max(FEWEST_DOCUMENTS, int(_FEWEST_HELD_OUT / val_fraction)), _MOST_COUNTED)
+        count = chars = cleaned = copied_chars = short_chars = 0
         starts, blanks, digest = True, "", hashlib.blake2b(digest_size=16)
         for piece in documents:
             text, _ = cleaning.clean(piece.text, starts_document=starts)
@@ -65,6 +72,7 @@ class SplitRule:
             chars += len(piece.text)
             if not piece.ends_document:
                 continue
+            lengths.append(0)
             if cleaned < max(1, cleaning.min_chars):
                 short.append(count)
                 short_chars += cleaned
@@ -73,17 +81,18 @@ class SplitRule:
                 copied_chars += chars
             else:
                 seen.add(digest.digest())
-                total += chars
+                lengths[-1] = chars
             count, chars, cleaned, digest = count + 1, 0, 0, hashlib.blake2b(digest_size=16)
-            if count == FEWEST_DOCUMENTS:
+            if count == needed:
                 return SplitRule(val_fraction)
-        cut_at = total - int(total * val_fraction)
-        return SplitRule(val_fraction, cut_at, tuple(copies), copied_chars, tuple(short), short_chars)
+        return SplitRule(
+            val_fraction, _cuts(lengths, val_fraction), tuple(copies), copied_chars, tuple(short), short_chars
+        )
 
     def parts(self, pieces: Iterable[Piece]) -> Iterator[Part]:
-        """Yield each piece as a part. If the rule has a cut, the piece at the cut becomes two parts."""
-        if self.cut_at is not None:
-            yield from self._cut(pieces, self.cut_at)
+        """Yield each piece as a part. A piece at a cut becomes two parts."""
+        if self.cuts is not None:
+            yield from self._cut(pieces, self.cuts)
             return
         starts = True
         for piece in pieces:
@@ -95,21 +104,45 @@ class SplitRule:
         document's text alone. So other documents do not change the decision, and duplicates have the same decision."""
         return fractions(digests)[:, 0] < self.val_fraction
 
-    def _cut(self, pieces: Iterable[Piece], cut_at: int) -> Iterator[Part]:
-        starts, position, number = True, 0, 0
+    def _cut(self, pieces: Iterable[Piece], cuts: Sequence[int | None]) -> Iterator[Part]:
+        number = position = 0  # of the document, and in it
+        starts = {"train": True, "val": True}
         for piece in pieces:
-            is_left_out = number in self.copies or number in self.short
-            number += piece.ends_document
-            if is_left_out:
+            here, at, cut = number, position, cuts[number] if number < len(cuts) else None
+            number, position = (number + 1, 0) if piece.ends_document else (number, at + len(piece.text))
+            if here in self.copies or here in self.short:
                 continue
-            head = piece.text[: max(0, cut_at - position)]
+            head = piece.text if cut is None else piece.text[: max(0, cut - at)]
             if 0 < len(head) < len(piece.text):
                 head = head[: last_word_end(head)]
             tail = piece.text[len(head) :]
             if head:
-                yield Part(head, "train", starts, piece.ends_document and not tail)
+                ends = (
+                    bool(tail) and len(cuts) > 1
+                )  # a single document has nothing behind it to be separated from
+                yield Part(head, "train", starts["train"], (piece.ends_document and not tail) or ends)
+                starts["train"] = False
             if tail:
-                first_of_val = bool(head) or position == cut_at
-                yield Part(tail, "val", starts or first_of_val, piece.ends_document)
-            position += len(piece.text)
-            starts = piece.ends_document
+                yield Part(tail, "val", starts["val"], piece.ends_document)
+                starts["val"] = False
+            if piece.ends_document:
+                starts = {"train": True, "val": True}
+
+
+def _cuts(lengths: Sequence[int], fraction: float) -> tuple[int | None, ...]:
+    """Return where the held-out passage of each document begins, for documents of these lengths in characters.
+
+    A passage is the end of its document. A document too short for a passage of `_SHORTEST_PASSAGE` characters leaves
+    its share to a later one, and at most half of a document is held out.
+    """
+    all_held_out = int(sum(lengths) * fraction)
+    shortest = all_held_out // max(1, all_held_out // _SHORTEST_PASSAGE)
+    cuts: list[int | None] = []
+    read = held_out = 0
+    for length in lengths:
+        read += length
+        passage = min(int(read * fraction) - held_out, length // 2)
+        is_long_enough = passage > 0 and passage >= min(shortest, length // 2)
+        cuts.append(length - passage if is_long_enough else None)
+        held_out += passage * is_long_enough
+    return tuple(cuts)
