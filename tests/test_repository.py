@@ -66,7 +66,7 @@ INSIDE = {
     "training.optimizers": "adafactor adamw adamw8bit bf16 < muon < build < memory",
     "training.memory": "estimate < parallel presets < fit",
     "training.logs": "rewind throughput trackers < run_log",
-    "training": "loss_cuda output_folder run_config schedule state < evaluate guard loss resume < run < recovery "
+    "training": "loss_cuda output_folder schedule state < run_config < evaluate guard loss resume < run < recovery "
     "step summary < micro_batch < diagnostics launch train",
     "training.checkpoint": "first_version lock manifest safe_unpickle < atomic_write locate validate < "
     "retention shard_format < load moves < convert manager verify < async_saver < shard_saver",
@@ -77,8 +77,8 @@ INSIDE = {
     "serving": "errors files runs schema server < generation limits stream < answers engine llama metrics < "
     "dispatcher < openai pages < app",
     "cli": "choose_text doctor_facts old_flags options plan_report < terminal < choose_preset doctor evaluate "
-    "export generate import_model info_checkpoint info_dataset look plan_output prepare report serve train < demo "
-    "info plan < pipeline",
+    "export generate import_model info_checkpoint info_conversations info_dataset look plan_output prepare report "
+    "serve train < demo info plan < pipeline",
 }
 """Of each folder, its files in order: each may import those before a `<` to its left. The table is also in
 `docs/ARCHITECTURE.md`."""

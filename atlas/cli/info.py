@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,8 +19,8 @@ def info(
     path: Annotated[
         str,
         typer.Argument(
-            help="A checkpoint, an output folder, a prepared dataset, a tokenizer.json, a GGUF or config file, "
-            "or the name of a preset."
+            help="A checkpoint, an output folder, a prepared dataset, a file of conversations, a tokenizer.json, a "
+            "GGUF or config file, or the name of a preset."
         ),
     ],
     verify: Annotated[
@@ -37,6 +38,13 @@ def info(
             metavar="FILE.pt",
         ),
     ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="For conversations: gpt2 (default), a tokenizer.json or the folder with it.",
+            metavar="NAME|FILE",
+        ),
+    ] = None,
     plot: Annotated[
         str | None,
         typer.Option(
@@ -46,7 +54,7 @@ def info(
         ),
     ] = None,
 ) -> None:
-    """Describe a checkpoint, dataset, tokenizer, GGUF or config file."""
+    """Describe a checkpoint, dataset, tokenizer, GGUF or config file, or show what a model learns of conversations."""
     from atlas.cli import info_checkpoint
     from atlas.cli.terminal import print_facts
     from atlas.config.presets import preset_names
@@ -69,6 +77,12 @@ def info(
         raise AtlasError(
             f"--plot: draws the document lengths of a prepared dataset; {path} is not a dataset: omit --plot"
         )
+    if not is_checkpoint and _is_of_conversations(file):
+        from atlas.cli.info_conversations import show_conversations
+
+        return show_conversations(file, tokenizer)
+    if tokenizer:
+        raise AtlasError(f"--tokenizer: is for conversations; {path} has none: omit --tokenizer")
     if is_checkpoint:
         facts: Facts = info_checkpoint.checkpoint_facts(file, verify=verify)
     elif file.is_dir():
@@ -87,6 +101,16 @@ def info(
             f"to prepare text: atlas prepare --input {path}"
         )
     print_facts(facts)
+
+
+def _is_of_conversations(path: Path) -> bool:
+    from atlas.data.sequences.conversations import holds_conversations
+
+    if not path.is_file() or path.suffix in (".gguf", ".yaml", ".yml"):
+        return False
+    with suppress(AtlasError):
+        return holds_conversations(path)
+    return False
 
 
 def _tokenizer(path: Path) -> Facts:

@@ -52,6 +52,8 @@ def train(
     train_data: Annotated[str | None, _setting("data.train_data", "PATH")] = None,
     val_data: Annotated[str | None, _setting("data.val_data", "PATH")] = None,
     tokenizer: Annotated[str | None, _setting("data.tokenizer", "NAME|FILE")] = None,
+    chat_format: Annotated[str | None, _setting("data.chat_format", "NAME")] = None,
+    on_error: Annotated[str | None, _setting("data.on_error", "stop|skip")] = None,
     output_dir: Annotated[str | None, _setting("checkpoint.output_dir", "DIR")] = None,
     resume: Annotated[
         str | None,

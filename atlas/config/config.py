@@ -50,6 +50,12 @@ class DataConfig(Section):
     such a factory, not only a config file. A prepared folder has its own tokenizer."""
     val_fraction: Float = Field(0.05, ge=0, lt=1)
     """Fraction of the documents of a plain text that is held out for validation."""
+    chat_format: str | None = None
+    """Layout of the conversations, if Atlas should not find it out: openai, sharegpt, alpaca, dolly, or the fields
+    themselves, such as messages or question/answer."""
+    on_error: Literal["stop", "skip"] | None = None
+    """stop: end at the first row or file that cannot be read. skip: leave out any number of them. Default: leave out a
+    few."""
     packing: Literal["concat", "best_fit"] = "concat"
     """concat: documents are joined and cut into windows. best_fit: complete documents are combined into windows, and a
     document is cut only if it is longer than a window. Validation data is always read as concat. Complete conversations

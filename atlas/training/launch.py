@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from atlas.config import AtlasConfig, TrainingConfig
+from atlas.config import AtlasConfig
 from atlas.config.loader import resolve
 from atlas.data import training_sequences, validation_sequences
 from atlas.data.sequences.loader import share_of_update
@@ -39,9 +39,10 @@ from atlas.training.memory.parallel import choose_parallel
 from atlas.training.micro_batch import fit_micro_batch, is_short_of_memory
 from atlas.training.optimizers.build import build_optimizer
 from atlas.training.recovery import restore_optimizer
-from atlas.training.resume import Start, base_key, num_restarts
+from atlas.training.resume import Start, num_restarts
 from atlas.training.run import Learner, Run, RunData, Sampler
-from atlas.training.schedule import horizon_steps
+from atlas.training.run_config import base_key
+from atlas.training.schedule import horizon_steps, length_of
 from atlas.training.state import TrainState
 from atlas.training.summary import as_yaml, log_summary, record_start
 
@@ -155,6 +156,7 @@ def _identity(start: Start) -> dict[str, Any]:
     base = {"finetune": base_key(start.contents), "resume": old.get("base")}.get(start.mode)
     identity = {
         "fingerprint": data.fingerprint,
+        "val_fingerprint": data.val_fingerprint,
         "train_data": data.name,
         "chat_form": CHAT_FORMAT if data.has_conversations else None,
     }
@@ -217,7 +219,7 @@ def _resumed_state(start: Start, data: RunData, runtime: Runtime) -> TrainState:
     old, new = resolve(start.contents["config"]).training, start.config.training
     if any(path.name == "atlas_best.pt" for path in start.set_aside):
         state.best_loss = math.inf  # a later save overwrote the atlas_best.pt that had this loss
-    if _length(old) != _length(new):
+    if length_of(old) != length_of(new):
         horizon = horizon_steps(
             new, len(data.train), step=state.step, sequences_consumed=state.sequences_consumed
         )
@@ -237,11 +239,6 @@ def _resumed_state(start: Start, data: RunData, runtime: Runtime) -> TrainState:
     size = state.micro_batch_size
     state.micro_batch_size = runtime.world.all_min(min(size, fewer or size))
     return state
-
-
-def _length(training: TrainingConfig) -> tuple[object, ...]:
-    """The settings that determine the step at which the schedule ends."""
-    return training.max_steps, training.epochs, training.sequences_per_update, training.max_hours
 
 
 def _open_saver(

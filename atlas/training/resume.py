@@ -7,8 +7,6 @@ mistake changes no file. `launch.py` then starts the run.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,7 +28,13 @@ from atlas.training.checkpoint.moves import complete_move
 from atlas.training.checkpoint.validate import refuse_weights_that_are_not_finite
 from atlas.training.devices.world import ALONE, World, has_joined
 from atlas.training.output_folder import claim, has_checkpoint, is_run_file, run_files
-from atlas.training.run_config import with_data, with_written_length
+from atlas.training.run_config import (
+    base_key,
+    has_other_validation,
+    is_complete,
+    with_data,
+    with_written_length,
+)
 
 _DEFAULT_FOLDER = Path(AtlasConfig().checkpoint.output_dir)
 _MAY_CHANGE = {"dropout"}
@@ -209,8 +213,14 @@ def _from_named_checkpoint(request: Request, named: _Named) -> Start:
             f"{source}: was trained on other data, so this run fine-tunes the checkpoint's weights with a new schedule"
         )
     latest, set_aside = _earlier_finetuning(request, folder, data, base_key(contents))
-    if latest:
-        return _continue(request, folder, latest)
+    try:
+        if latest:
+            return _continue(request, folder, latest)
+    except OtherRunError:
+        if request.ask is None:
+            raise
+        _confirm_new_run(request, folder)
+        set_aside = run_files(folder)
     config = with_written_length(config, request.explicit)
     return Start("finetune", config, data, folder, source, contents, set_aside, [*notes, *data.notes])
 
@@ -284,6 +294,10 @@ def _continue(request: Request, folder: Path, latest: tuple[Path, dict[str, Any]
     if data.fingerprint != contents["data"].get("fingerprint"):
         trained_on = contents["data"].get("train_data")
         raise OtherRunError(f"{folder}: holds a run on other data ({trained_on}): {remedy}")
+    if is_complete(contents, config) and has_other_validation(contents, data, config):
+        raise OtherRunError(
+            f"{folder}: holds a complete run, and its validation text has changed since: {remedy}"
+        )
     return Start("resume", config, data, folder, source, contents)
 
 
@@ -318,8 +332,7 @@ def _earlier_finetuning(
 
 
 def _confirm_new_run(request: Request, folder: Path) -> None:
-    """Ask the user whether to start a new run in a folder that holds another run. Raise `AtlasError` if the user
-    disagrees or cannot be asked."""
+    """Ask whether to start a new run in the folder of another run. Raise `AtlasError` unless the user agrees."""
     question = (
         f"{folder} holds another run: its model, its data or its initial weights differ. Start a new run? "
         f"The old run moves to {folder / 'previous-N'}"
@@ -331,14 +344,6 @@ def _confirm_new_run(request: Request, folder: Path) -> None:
         f"{folder}: holds another run{unchanged}: choose another --output-dir for the new run, or move the old run "
         "aside with --no-resume"
     )
-
-
-def base_key(contents: Mapping[str, Any]) -> str:
-    """Return an identifier of the checkpoint that a run starts from: a hash of the checkpoint's config, step, loss and
-    data."""
-    keys = "config", "step", "sequences_consumed", "loss", "initialized_from"
-    facts = [*(contents.get(key) for key in keys), contents.get("data", {}).get("fingerprint")]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _refuse_other_shape(

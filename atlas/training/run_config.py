@@ -3,14 +3,18 @@ the user set them."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from atlas.config import AtlasConfig
-from atlas.config.loader import Layer
+from atlas.config.loader import Layer, resolve
 from atlas.data import ResolvedData, resolve_data, resolve_mixture
 from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
+from atlas.training.schedule import length_of
 
 CHAT_RATE, CHAT_RATE_WIDTH = 2e-3, 128
 """The peak learning rate for fine-tuning on conversations, and the `hidden_size` for which this rate was chosen. A
@@ -37,12 +41,16 @@ def with_data(
         tokenizer = Tokenizer.resolve(asked)
     elif contents:
         tokenizer = Tokenizer.from_state(contents["tokenizer"])
-    val_data, val_fraction = config.data.val_data, config.data.val_fraction
+    how: dict[str, Any] = {
+        "val_fraction": config.data.val_fraction,
+        "chat_format": config.data.chat_format,
+        "on_error": config.data.on_error,
+    }
     if config.data.mixture is not None:
-        data = resolve_mixture(config.data.mixture, val_data, tokenizer=tokenizer, val_fraction=val_fraction)
+        data = resolve_mixture(config.data.mixture, config.data.val_data, tokenizer=tokenizer, **how)
     else:
         assert config.data.train_data is not None
-        data = resolve_data(config.data.train_data, val_data, tokenizer=tokenizer, val_fraction=val_fraction)
+        data = resolve_data(config.data.train_data, config.data.val_data, tokenizer=tokenizer, **how)
     if contents and data.tokenizer.fingerprint != contents["tokenizer"].get("fingerprint"):
         raise AtlasError(
             f"{data.name}: was made with the tokenizer {data.tokenizer.name} ({data.tokenizer.fingerprint[:12]}), but "
@@ -92,3 +100,24 @@ def with_written_length(config: AtlasConfig, explicit: Layer) -> AtlasConfig:
     lengths = {"max_steps", "epochs", "max_hours"}
     written = lengths & explicit.get("training", {}).keys()
     return config.replace("training", **dict.fromkeys(lengths - written)) if written else config
+
+
+def base_key(contents: Mapping[str, Any]) -> str:
+    """Return an identifier of the checkpoint that a run starts from: a hash of the checkpoint's config, step, loss and
+    data."""
+    keys = "config", "step", "sequences_consumed", "loss", "initialized_from"
+    facts = [*(contents.get(key) for key in keys), contents.get("data", {}).get("fingerprint")]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def is_complete(contents: Mapping[str, Any], config: AtlasConfig) -> bool:
+    """Return whether a checkpoint is at the end of its run, and the user has not asked for a longer one."""
+    is_as_long = length_of(resolve(contents["config"]).training) == length_of(config.training)
+    return is_as_long and contents["step"] >= contents.get("horizon", math.inf)
+
+
+def has_other_validation(contents: Mapping[str, Any], data: ResolvedData, config: AtlasConfig) -> bool:
+    """Return whether the text changed in documents that are held out. Older checkpoints do not store which these
+    were."""
+    stored = contents["data"].get("val_fingerprint")
+    return stored is not None and config.data.val_data is None and stored != data.val_fingerprint

@@ -34,6 +34,11 @@ def horizon_steps(
     return end
 
 
+def length_of(config: TrainingConfig) -> tuple[object, ...]:
+    """Return the settings that determine the step at which the schedule ends."""
+    return config.max_steps, config.epochs, config.sequences_per_update, config.max_hours
+
+
 def learning_rate_at(step: int, config: TrainingConfig, horizon: int) -> float:
     """Return the learning rate of update `step`, counted from 0. The rate rises linearly during the warm-up, then
     follows `schedule`, and reaches its minimum at the horizon.

@@ -159,8 +159,10 @@ def test_the_command_of_the_readme_teaches_fifty_pairs(
 
 def test_answers_and_their_ends_are_the_only_targets(tmp_path: Path, bpe: ByteLevelTokenizer) -> None:
     path = write_rows(tmp_path / "c.jsonl", [*as_rows([TALK]), {"prompt": "a", "response": "b"}])
-    read, val, _ = read_conversations(path, bpe, val_fraction=0.5)
-    assert val is None  # two are too few to hold one out
+    read, val, notes = read_conversations(path, bpe, val_fraction=0.05)
+    assert val is None
+    assert "0 held out (fewer than 20 are too few to choose a checkpoint by" in notes[0]
+    assert sum(part is not None for part in read_conversations(path, bpe, val_fraction=0.5)[:2]) == 2
     assert said_in(read, bpe) == [f"{text}<|endoftext|>" for text in ("Blue.\n\nMostly.", "Yellow", "b")]
     assert read.answer_bytes == len("Blue.\n\nMostly.Yellowb")
     assert bpe.eos_id not in bpe.encode(TALK[0].content)

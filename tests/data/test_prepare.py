@@ -30,7 +30,7 @@ from atlas.data.text.formats import decode as text
 from atlas.data.text.sources import Sources
 from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
-from tests.archive import kaggle_files, write_folder, write_zip
+from tests.archive import article, kaggle_files, write_folder, write_zip
 from tests.toy import CharacterTokenizer
 
 ROOT = Path(__file__).parents[2]

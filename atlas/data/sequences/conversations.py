@@ -19,14 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from atlas.config.config import DataConfig
 from atlas.data.prepare.dedup import fractions
 from atlas.data.sequences.dataset import IGNORE_INDEX
 from atlas.data.sequences.packing import pack
 from atlas.data.shards import is_prepared
-from atlas.data.text.documents import read_rows
+from atlas.data.text.documents import Reading, read_rows
 from atlas.data.text.files import Advance
 from atlas.data.text.folders import Skipped, files_below
-from atlas.data.text.formats.chats import ChatReport, read_conversation
+from atlas.data.text.formats.chats import ChatReport, parse_layout, read_conversation
 from atlas.data.text.formats.decode import replace_undecodable
 from atlas.data.text.formats.sniff import ROW_ENDINGS, ROWS
 from atlas.data.text.report import SourceReport
@@ -38,6 +39,7 @@ from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.chat import Message, Turn, turns_of
 
 _ROWS_PER_STEP = 1024
+_DEFAULT_FRACTION = DataConfig().val_fraction
 FEWEST_HELD_OUT = 20
 """Atlas holds out at least this many conversations for validation, or none. With only two or three, chance would decide
 which checkpoint is the best."""
@@ -75,15 +77,18 @@ class Conversations:
         return counts
 
 
-def holds_conversations(path: str | Path) -> bool:
-    """Return whether the rows of a file, or of the files in a folder, are conversations.
+def holds_conversations(path: str | Path, chat_format: str | None = None) -> bool:
+    """Return whether the rows of a file, or of the files in a folder, are conversations. `chat_format` is the layout
+    that the user named.
 
-    Raises `DataError` if the first row has both a text and a list of messages.
+    Raises `DataError` if the first row has both a text and a list of messages, and the user named no layout.
     """
     if is_prepared(path) or not _may_hold_rows(path):
         return False
     sources = Sources([path], conversations=True)
     kinds = {file: kind_of_rows(file, sources.reading) for file in sources.files if file.format in ROWS}
+    if chat_format is not None:
+        return not {"conversation", "both"}.isdisjoint(kinds.values())
     for file, kind in kinds.items():
         if kind == "both":
             refuse_conversations(file, kind, sources.reading)
@@ -100,20 +105,27 @@ def _may_hold_rows(path: str | Path) -> bool:
 
 
 def read_conversations(
-    path: str | Path, tokenizer: Tokenizer, *, val_fraction: float, chat_format: str | None = None
+    path: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    val_fraction: float,
+    chat_format: str | None = None,
+    on_error: str | None = None,
 ) -> tuple[Conversations, Conversations | None, list[str]]:
     """Read the conversations of a file, a folder or a pattern. Returns the conversations to train on, the held-out
     conversations or None, and notes, one line each. The hash of each conversation decides whether the conversation is
-    in the `val_fraction` that is held out. `chat_format` is the layout that the user named.
+    in the `val_fraction` that is held out. `chat_format` is the layout that the user named, and `on_error` is that of
+    `Reading`.
 
     Raises `DataError` if too many rows are not conversations with an answer.
     """
-    sources = Sources([path], conversations=True)
+    layout = parse_layout(chat_format) if chat_format is not None else None
+    sources = Sources([path], reading=Reading(on_error=on_error), conversations=True)
     report, understood = SourceReport(), ChatReport()
     chats: list[_Chat] = []
     digests = b""
     with byte_progress(sources.total_bytes, "reading conversations") as advance:
-        read = _conversations_in(sources, report, understood, chat_format, advance)
+        read = _conversations_in(sources, report, understood, layout, advance)
         while some := [*itertools.islice(read, _ROWS_PER_STEP)]:
             digests += b"".join(map(_digest_of, some))
             turns = [turns_of(messages) for messages in some]
@@ -126,15 +138,12 @@ def read_conversations(
         raise DataError(
             f"{path}: holds no conversations; give rows with messages, or a prompt and a response"
         )
-    held_out = fractions(digests)[:, 0] < val_fraction
-    if not FEWEST_HELD_OUT <= held_out.sum() < len(chats):
-        held_out[:] = False
+    held_out, reason = _held_out(digests, val_fraction)
     train = _joined(str(path), itertools.compress(chats, ~held_out), tokenizer.eos_id)
     val_chats = [*itertools.compress(chats, held_out)]
     val = _joined(str(path), val_chats, tokenizer.eos_id) if val_chats else None
-    none = f" (fewer than {FEWEST_HELD_OUT} are too few for validation)" if val_fraction and not val else ""
     notes = [
-        f"{path}: {len(chats) - held_out.sum():,} conversations to train on, {held_out.sum():,} held out{none}; the "
+        f"{path}: {len(chats) - held_out.sum():,} conversations to train on, {held_out.sum():,} held out{reason}; the "
         f"loss counts only the answers, {train.is_answer.sum():,} of {len(train.tokens):,} tokens",
         *sources.notes(report),
         *understood.notes(),
@@ -143,13 +152,32 @@ def read_conversations(
     return train, val, notes
 
 
+def _held_out(digests: bytes, val_fraction: float) -> tuple[NDArray[np.bool_], str]:
+    """Return (n,): True for each conversation that is held out, and why none is, or an empty string."""
+    shares = fractions(digests)[:, 0]
+    held_out = shares < val_fraction
+    if val_fraction == 0:
+        return held_out, ""
+    if val_fraction != _DEFAULT_FRACTION:  # the user asked for it
+        if len(shares) > 1:
+            held_out[shares.argmin()] = True
+            held_out[shares.argmax()] = False
+        return held_out, ""
+    if held_out.sum() >= FEWEST_HELD_OUT:
+        return held_out, ""
+    return np.zeros_like(held_out), (
+        f" (fewer than {FEWEST_HELD_OUT} are too few to choose a checkpoint by; for some, set another "
+        "data.val_fraction or give --val-data)"
+    )
+
+
 def _conversations_in(
-    sources: Sources, report: SourceReport, understood: ChatReport, chat_format: str | None, advance: Advance
+    sources: Sources, report: SourceReport, understood: ChatReport, layout: str | None, advance: Advance
 ) -> Iterator[list[Message]]:
     for file in sources.files:
         for row in read_rows(file, sources.reading, report, advance):
             try:
-                messages = read_conversation(row.value, row.place, understood, chat_format)
+                messages = read_conversation(row.value, row.place, understood, layout)
             except DataError as error:
                 report.add_fault(error, sources.reading.on_error)
                 continue

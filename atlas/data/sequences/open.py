@@ -12,6 +12,7 @@ from atlas.config.config import MixturePart
 from atlas.data.prepare.pipeline import prepare_text_cached
 from atlas.data.sequences.conversations import Conversations, holds_conversations, read_conversations
 from atlas.data.shards import TokenStream, is_prepared, open_dataset
+from atlas.data.text.documents import Reading
 from atlas.errors import DataError
 from atlas.tokenizer import Tokenizer
 
@@ -44,6 +45,17 @@ class ResolvedData:
         return self.vals[0] if self.vals else None
 
     @property
+    def val_fingerprint(self) -> str:
+        """Identifies the validation data."""
+        parts = [
+            [stream.fingerprint]
+            if isinstance(stream, Conversations)
+            else [sha256 for _, sha256 in stream.files]
+            for stream in self.vals
+        ]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    @property
     def name(self) -> str:
         """The name of the training data in messages."""
         return ", ".join(stream.name for stream in self.trains)
@@ -60,9 +72,12 @@ def resolve_data(
     *,
     tokenizer: Tokenizer | None = None,
     val_fraction: float = 0.05,
+    chat_format: str | None = None,
+    on_error: str | None = None,
 ) -> ResolvedData:
     """Open or prepare the data of a run.
 
+    `chat_format` is the layout of conversations that the user named, and `on_error` is that of `Reading`.
     `tokenizer` is the tokenizer that the user named. By default a prepared folder uses its own tokenizer, and other
     data uses GPT-2's. Without `val_data`, `val_fraction` of a text or of conversations is held out. If `val_data` is a
     prepared folder, Atlas uses its validation split, or else its training split.
@@ -72,9 +87,11 @@ def resolve_data(
     train: Stream
     val: Stream | None
     held_out = val_fraction if val_data is None else 0.0
-    if holds_conversations(train_data):
+    if holds_conversations(train_data, chat_format):
         tokenizer = tokenizer or Tokenizer.gpt2()
-        train, val, notes = read_conversations(train_data, tokenizer, val_fraction=held_out)
+        train, val, notes = read_conversations(
+            train_data, tokenizer, val_fraction=held_out, chat_format=chat_format, on_error=on_error
+        )
         fingerprint = train.fingerprint
     else:
         if is_prepared(train_data):
@@ -89,12 +106,15 @@ def resolve_data(
             tokenizer = tokenizer or dataset.tokenizer()
         else:
             tokenizer = tokenizer or Tokenizer.gpt2()
-            dataset = open_dataset(prepare_text_cached([train_data], tokenizer, val_fraction=held_out))
+            reading = Reading(on_error=on_error)
+            dataset = open_dataset(prepare_text_cached([train_data], tokenizer, held_out, reading))
             notes = dataset.manifest.notes
         train, val = replace(dataset.train, name=str(train_data)), dataset.split("val")
         fingerprint = dataset.fingerprint
     if val_data is not None:
-        other = resolve_data(val_data, tokenizer=tokenizer, val_fraction=0.0)
+        other = resolve_data(
+            val_data, tokenizer=tokenizer, val_fraction=0.0, chat_format=chat_format, on_error=on_error
+        )
         val = other.val or other.train
     return ResolvedData((train,), (1.0,), (val,) if val else (), tokenizer, fingerprint, notes)
 
@@ -105,6 +125,8 @@ def resolve_mixture(
     *,
     tokenizer: Tokenizer | None = None,
     val_fraction: float = 0.05,
+    chat_format: str | None = None,
+    on_error: str | None = None,
 ) -> ResolvedData:
     """Open or prepare several datasets, as `resolve_data` does for one. Validation uses the validation data of all
     datasets, or `val_data`.
@@ -116,7 +138,15 @@ def resolve_mixture(
     if tokenizer is None and prepared is not None:
         tokenizer = open_dataset(prepared).tokenizer()
     parts = [
-        resolve_data(part.path, val_data, tokenizer=tokenizer, val_fraction=val_fraction) for part in mixture
+        resolve_data(
+            part.path,
+            val_data,
+            tokenizer=tokenizer,
+            val_fraction=val_fraction,
+            chat_format=chat_format,
+            on_error=on_error,
+        )
+        for part in mixture
     ]
     total = sum(part.weight for part in mixture)
     weights = tuple(part.weight / total for part in mixture)

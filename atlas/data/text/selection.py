@@ -193,7 +193,7 @@ def refuse_conversations(file: TextFile, kind: str, reading: Reading) -> None:
     if kind == "both":
         raise DataError(
             f"{file.name}: its rows have {BOTH}; for the text, run atlas prepare with --text-field "
-            f"{reading.text_field}; for the conversations, leave that field out of the file"
+            f"{reading.text_field}; for the conversations, run atlas train with --chat-format openai"
         )
 
 

@@ -46,6 +46,9 @@ PAIRS = (
     ("user", "assistant"),
 )
 """Fields with a question and its answer. An earlier pair is preferred."""
+_COMMON_NAMES = {
+    "openai": "messages", "sharegpt": "conversations", "alpaca": "instruction/output", "dolly": "instruction/response",
+}  # fmt: skip
 PARTS_OF_A_ROW = {*LISTS, "prompt", "completion", "chosen", "rejected", "history", "tools", "functions"}
 """Fields whose list of objects is a part of a row, not a list of rows."""
 _MORE_OF_QUESTION = {
@@ -99,6 +102,20 @@ class ChatReport(BaseModel):
         if self.passed_over:
             fields = ", ".join(field for field, _ in self.passed_over.most_common(_FIELDS_SHOWN))
             yield f"fields that are not used: {fields}"
+
+
+def parse_layout(name: str) -> str:
+    """Return the layout with this name: a common name such as `alpaca`, or its fields as `layout_of` returns them.
+
+    Raises `DataError` for any other name.
+    """
+    layout = _COMMON_NAMES.get(name.lower(), name)
+    known = [*LISTS, *("/".join(pair) for pair in PAIRS), "chosen", "bare list"]
+    if layout not in known:
+        raise DataError(
+            f"--chat-format {name}: no such layout; give {', '.join(_COMMON_NAMES)}, or {', '.join(known)}"
+        )
+    return layout
 
 
 def layout_of(value: object, forced: str | None = None) -> str | None:
