@@ -122,7 +122,7 @@ def test_a_layout_may_be_forced(tmp_path: Path) -> None:
 
 def test_rows_with_a_text_and_messages_are_conversations_if_asked(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", lines([row | {"text": "plain"} for row in ROWS]))
-    with pytest.raises(AtlasError, match="both a text and messages.*--chat-format"):
+    with pytest.raises(AtlasError, match=r"both a text and messages.*--chat-format"):
         holds_conversations(path)
     assert holds_conversations(path, "openai")
 

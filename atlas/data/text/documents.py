@@ -179,7 +179,8 @@ def _pdf(file: TextFile, reading: Reading, report: SourceReport, advance: Advanc
 def _epub(file: TextFile, reading: Reading, report: SourceReport, advance: Advance) -> Iterator[Piece]:
     with file.open(advance) as stream:
         content = io.BytesIO(markup.read_book(stream, file.name))
-    yield from as_document(f"{chapter}\n\n" for chapter in markup.epub_chapters(content, file.name))
+    chapters = markup.epub_chapters(content, file.name)
+    yield from as_document(f"\n\n{chapter}" if number else chapter for number, chapter in enumerate(chapters))
 
 
 _READERS: dict[Format, Callable[..., Iterator[Piece]]] = {

@@ -109,8 +109,10 @@ def choose(
     a README describe the rows, and are left out.
     """
     found = [*found]
-    code = sum(file.size for file, _ in found if is_code(file))
-    readable = sum(file.size for file, what in found if not isinstance(what, Unread) and not is_code(file))
+    code = sum(file.size for file, what in found if _is_code(file, what))
+    readable = sum(
+        file.size for file, what in found if not isinstance(what, Unread) and not _is_code(file, what)
+    )
     is_codebase = code > readable and not conversations
     choice = Choice()
     rows: list[TextFile] = []
@@ -119,7 +121,7 @@ def choose(
             choice.files.append(replace(file, format="text"))
         elif isinstance(what, Unread):
             choice.leave_out(file, what.explain("FILE"))
-        elif is_code(file):
+        elif _is_code(file, what):
             choice.leave_out(file, "source code")
         else:
             rows += [what] if what.format in ROWS else []
@@ -127,10 +129,11 @@ def choose(
     return _among_rows(choice, rows, reading, conversations=conversations) if rows else choice
 
 
-def is_code(file: TextFile) -> bool:
-    """Return whether the name of a file is that of source code or settings."""
+def _is_code(file: TextFile, what: TextFile | Unread) -> bool:
+    """Return whether the name of a file is that of source code or settings, and its content has no other format."""
     name = file.basename.lower()
-    return posixpath.splitext(name)[1] in _CODE or name in _CODE_NAMES
+    has_name = posixpath.splitext(name)[1] in _CODE or name in _CODE_NAMES
+    return has_name and _is_text(what)
 
 
 def _is_text(what: TextFile | Unread) -> bool:

@@ -24,68 +24,13 @@ _DROPPED = (
     "script, style, noscript, template, nav, header, footer, aside, form, button, svg, math, iframe, object, "
     "[hidden], [aria-hidden=true], [role=navigation], .headerlink, .sphinxsidebar"
 )
-_BLOCKS = frozenset(
-    [
-        "address",
-        "article",
-        "blockquote",
-        "body",
-        "caption",
-        "dd",
-        "details",
-        "div",
-        "dl",
-        "dt",
-        "fieldset",
-        "figcaption",
-        "figure",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-        "hr",
-        "html",
-        "li",
-        "main",
-        "ol",
-        "p",
-        "pre",
-        "section",
-        "summary",
-        "table",
-        "tbody",
-        "td",
-        "tfoot",
-        "th",
-        "thead",
-        "title",
-        "tr",
-        "ul",
-    ]
-)
-_PARAGRAPHS = frozenset(
-    [
-        "p",
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "h6",
-        "pre",
-        "blockquote",
-        "table",
-        "ul",
-        "ol",
-        "dl",
-        "figure",
-        "section",
-        "article",
-        "hr",
-    ]
-)
+_BLOCK_NAMES = """
+    address article blockquote body caption dd details div dl dt fieldset figcaption figure h1 h2 h3 h4 h5 h6 hr html
+    li main ol p pre section summary table tbody td tfoot th thead title tr ul
+"""
+_PARAGRAPH_NAMES = "p h1 h2 h3 h4 h5 h6 pre blockquote table ul ol dl figure section article hr"
+_PARAGRAPHS = frozenset(_PARAGRAPH_NAMES.split())
+_BLOCKS = frozenset(_BLOCK_NAMES.split())
 _CELLS = frozenset(("td", "th"))
 _BLANKS = re.compile(r"[ \t\r\n\f]+")
 _OPENED = re.compile(rb"<(/?)(?:div|span|b|i|em|strong|font|section|table|ul|blockquote)\b", re.I)
@@ -152,9 +97,14 @@ def _text_below(root: Any) -> str:
         tag = node.tag
         if node.is_text_node:
             text = node.text_content or ""
-            parts.append(text if in_pre else _BLANKS.sub(" ", text))
+            if in_pre:
+                parts.append(text)
+            elif not text.isspace():
+                parts.append(_BLANKS.sub(" ", text))
+            elif parts and not parts[-1].endswith("\n"):
+                parts.append(" ")
         else:
-            parts.append(_break(tag, ends=False))
+            _add_break(parts, _break(tag, ends=False))
         if node.child is not None:
             in_pre += tag == "pre"
             node = node.child
@@ -164,8 +114,16 @@ def _text_below(root: Any) -> str:
                 return _MANY_LINES.sub("\n\n", _BLANKS_AT_LINE_END.sub("", "".join(parts))).strip()
             node = node.parent
             in_pre -= node.tag == "pre"
-            parts.append(_break(node.tag, ends=True))
+            _add_break(parts, _break(node.tag, ends=True))
         node = node.next
+
+
+def _add_break(parts: list[str], lines: str) -> None:
+    """Add the line ends between two elements. Where one element ends and the next begins, the larger break counts."""
+    if lines == "\t" or not (parts and parts[-1] in ("\n", "\n\n")):
+        parts.append(lines)
+    elif len(lines) > len(parts[-1]):
+        parts[-1] = lines
 
 
 def _break(tag: str, *, ends: bool) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import IO, Any
 
@@ -28,10 +28,16 @@ def delimiter_of(header: str) -> str:
 
 def _has_quotes(lines: list[str], delimiter: str) -> bool:
     """Return whether quotes in a table enclose cells. In a table with tabs, they are often part of the text."""
-    if delimiter != "\t":
-        return True
-    cells = [cell for line in lines for cell in line.rstrip("\r\n").split(delimiter) if cell.startswith('"')]
-    return bool(cells) and all(len(cell) > 1 and cell.endswith('"') for cell in cells)
+    return delimiter != "\t" or _bad_rows(lines, csv.QUOTE_MINIMAL) <= _bad_rows(lines, csv.QUOTE_NONE)
+
+
+def _bad_rows(lines: list[str], quoting: Any) -> int:
+    """Return how many rows at the beginning of a table with tabs have not as many cells as the first row."""
+    rows = csv.reader(lines, delimiter="\t", quoting=quoting, strict=True)
+    widths = []
+    with suppress(csv.Error):  # the last row of the sample may be cut
+        widths = [len(row) for row in rows if row]
+    return sum(width != widths[0] for width in widths) + max(0, len(lines) - rows.line_num)
 
 
 def csv_rows(lines: Iterable[str], name: str, on_bad: OnBad) -> Iterator[Row]:
