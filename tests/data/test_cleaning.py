@@ -23,7 +23,11 @@ from tests.data.test_prepare import characters, documents_in
 
 STEPS = {
     "nfc": ("Cafe\u0301 de la pai\u0308x", "Café de la païx", 2),
-    "control": ("a\x00b\x07c\x85d\x7fe\tf\x0cg", "abcde\tfg", 5),
+    "control": (
+        "a\x00b\x07c\x85d\x7fe\tf\x0cg \x1b[1;31mred\x1b[0m \x1b]0;title\x07N\x08NO\x08O",
+        "abc\nde\tf\ng red NO",
+        28,
+    ),
     "whitespace": (
         "one\r\ntwo  \r  if x:   pass\t\n\n\n\n\nend \t of it",
         "one\ntwo\n  if x: pass\n\n\nend of it",

@@ -357,3 +357,14 @@ def test_hostile_pages_take_little_time(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(f"<!doctype html><html><body>{tags}words", encoding="utf-8")
     with pytest.raises(AtlasError, match="more than 2,000 open elements"):
         documents_of(tmp_path / name)
+
+
+def test_a_small_table_beside_texts_is_left_out_and_a_large_one_needs_its_field(tmp_path: Path) -> None:
+    files = {"a.txt": "Prose. " * 1000, "b.csv": "Name,Value\nx,1\ny,2\n", "README.md": "Prose too."}
+    folder = write_folder(tmp_path / "in", files)
+    assert documents_of(folder) == ["Prose too.", "Prose. " * 1000]
+    assert [*Sources([folder]).choice.left_out] == ["rows without 'text'"]
+    (folder / "a.txt").unlink()
+    (folder / "b.csv").write_text("Name,Value\n" + "x,1\n" * 9000, encoding="utf-8")
+    with pytest.raises(AtlasError, match=r"b.csv row 2: has no field 'text' \(fields: Name, Value\)"):
+        documents_of(folder)

@@ -2,7 +2,8 @@
 each step.
 
     nfc          Unicode in its composed form (NFC, UAX #15), so that one word has one spelling
-    control      control characters other than tab and line ends are removed
+    control      control characters other than tab and line ends are removed, with the complete escape sequences of
+                 terminals (ECMA-48); form feeds and other separators of lines become line ends
     whitespace   line ends become \\n; blanks at a line's end are removed; consecutive blanks inside a line become
                  one blank (indentation stays); more than two empty lines become two
     duplicates   only the first of documents with the same text is kept (`atlas.data.prepare.dedup`)
@@ -24,7 +25,10 @@ from atlas.errors import DataError
 
 STEPS = ("nfc", "control", "whitespace", "duplicates")
 
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f]")
+_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[()][0-9A-Z]|[@-Z\\^_=>])")
+_OVERSTRUCK = re.compile("[^\ufffc\n]\x08")  # as `man` prints bold letters: each twice
+_LINE_SEPARATORS = re.compile("[\x0b\x0c\x1c-\x1e\x85]")
 _CONTROL_BYTES = bytes(byte for byte in [*range(0x20), 0x7F] if byte not in b"\t\n\r")
 # Each pattern can match at only one position in a sequence of blanks or newlines. So a search takes linear time.
 _BLANKS_AT_LINE_END = re.compile(r"(?<![ \t])[ \t]+(?=\n)")
@@ -74,7 +78,8 @@ def _drop_control(text: str) -> str:
     content = text.encode()  # testing the bytes takes a tenth of the time of `sub`
     if b"\xc2" not in content and len(content.translate(None, _CONTROL_BYTES)) == len(content):
         return text
-    return _CONTROL.sub("", text)
+    text = _OVERSTRUCK.sub("", _ESCAPE.sub("", text))
+    return _CONTROL.sub("", _LINE_SEPARATORS.sub("\n", text))
 
 
 def _tidy_whitespace(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,6 +21,7 @@ _FEWEST_HELD_OUT, _MOST_COUNTED = 5, 10_000
 """A split by hash needs so many documents that it holds out about `_FEWEST_HELD_OUT`. Atlas counts at most
 `_MOST_COUNTED`."""
 _SHORTEST_PASSAGE = 200
+_WORD_END, _LONGEST_WORD = re.compile(r"\S(?=[ \n])"), 100
 
 
 class Part(NamedTuple):
@@ -112,10 +114,8 @@ class SplitRule:
             number, position = (number + 1, 0) if piece.ends_document else (number, at + len(piece.text))
             if here in self.copies or here in self.short:
                 continue
-            head = piece.text if cut is None else piece.text[: max(0, cut - at)]
-            if 0 < len(head) < len(piece.text):
-                head = head[: last_word_end(head)]
-            tail = piece.text[len(head) :]
+            end = len(piece.text) if cut is None else _near_word_end(piece.text, max(0, cut - at))
+            head, tail = piece.text[:end], piece.text[end:]
             if head:
                 ends = (
                     bool(tail) and len(cuts) > 1
@@ -127,6 +127,17 @@ class SplitRule:
                 starts["val"] = False
             if piece.ends_document:
                 starts = {"train": True, "val": True}
+
+
+def _near_word_end(text: str, cut: int) -> int:
+    """Return the last word end before `cut`, or else the first one soon after it, or else `cut` itself."""
+    if not 0 < cut < len(text):
+        return min(cut, len(text))
+    before = last_word_end(text[:cut])
+    if before < cut:
+        return before
+    after = _WORD_END.search(text, cut - 1, cut + _LONGEST_WORD)
+    return after.end() if after else cut
 
 
 def _cuts(lengths: Sequence[int], fraction: float) -> tuple[int | None, ...]:

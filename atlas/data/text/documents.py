@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
@@ -28,7 +29,8 @@ from atlas.data.text.formats.separators import Boundaries
 from atlas.data.text.formats.sniff import ROWS, Format
 from atlas.data.text.formats.tables import ColumnarFile, column_texts, shown_names
 from atlas.data.text.formats.wikipedia import ArticleReport, has_titles, split_articles
-from atlas.data.text.report import SourceReport
+from atlas.data.text.hashes import written_at
+from atlas.data.text.report import SourceReport, TooManyFaultsError
 from atlas.errors import DataError
 
 BOTH = "both a text and messages"
@@ -91,7 +93,7 @@ class Group:
                 report.documents[self.files[0].kind] += piece.ends_document
                 yield piece
         except DataError as error:
-            if isinstance(error, BombError) or is_url(self.files[0].root):
+            if isinstance(error, (BombError, TooManyFaultsError)) or is_url(self.files[0].root):
                 raise  # a URL that cannot be read now may be readable at the next call
             report.add_fault(error, self.reading.on_error)
             if is_open:  # the text before the fault is kept
@@ -171,9 +173,17 @@ def _page(file: TextFile, reading: Reading, report: SourceReport, advance: Advan
 
 
 def _pdf(file: TextFile, reading: Reading, report: SourceReport, advance: Advance) -> Iterator[Piece]:
-    with file.open(advance) as stream:
-        content = io.BytesIO(markup.read_book(stream, file.name))
-    yield from as_document([markup.pdf_text(content, file.name)])
+    text = _pdf_text(file, None if is_url(file.root) else written_at(file.root))
+    advance(file.size)
+    yield from as_document([text])
+
+
+@functools.lru_cache(maxsize=64)
+def _pdf_text(file: TextFile, _written: object) -> str:
+    """Return the text of a PDF. pypdf needs seconds for a book, and a preparation reads its first files several
+    times."""
+    with file.open() as stream:
+        return markup.pdf_text(io.BytesIO(markup.read_book(stream, file.name)), file.name)
 
 
 def _epub(file: TextFile, reading: Reading, report: SourceReport, advance: Advance) -> Iterator[Piece]:

@@ -29,6 +29,11 @@ class Skipped:
     may be untrusted and the files outside may be private."""
 
 
+def is_hidden(name: str) -> bool:
+    """Return whether a name is that of a hidden file or folder, or of a folder that programs fill unasked."""
+    return name.startswith(".") or name in ("__pycache__", "__MACOSX")
+
+
 def is_of_a_run(path: str) -> bool:
     """Return whether a file is one that a run wrote to its output folder."""
     folder = os.path.dirname(path)
@@ -57,7 +62,7 @@ def files_below(folder: str, skipped: Skipped, prefix: str = "") -> Iterator[tup
             if prefix:
                 return
         for entry in entries:
-            if entry.name.startswith(".") or (is_of_a_run and _OF_A_RUN.fullmatch(entry.name)):
+            if is_hidden(entry.name) or (is_of_a_run and _OF_A_RUN.fullmatch(entry.name)):
                 continue
             if entry.is_dir(follow_symlinks=False):
                 yield from files_below(entry.path, skipped, f"{prefix}{entry.name}/")

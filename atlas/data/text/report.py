@@ -23,6 +23,10 @@ _KINDS_SHOWN, BOUNDARIES_SHOWN, _FAULTS_SHOWN = 10, 3, 10
 _DETAIL = re.compile(r"'[^']*'|[\d,]+")
 
 
+class TooManyFaultsError(DataError):
+    """More rows or files cannot be read than may be left out."""
+
+
 class SourceReport(BaseModel):
     """Findings about the sources, collected while Atlas reads them."""
 
@@ -135,11 +139,13 @@ class SourceReport(BaseModel):
         skip = "leave them out with --on-error skip"
         kinds = {_DETAIL.sub("", fault.partition(": ")[2]): fault for fault in reversed(self.faults)}
         if self.num_faults == 1:
-            raise DataError(self.faults[0])
+            raise TooManyFaultsError(self.faults[0])
         if len(kinds) == 1:
-            raise DataError(f"{self.faults[0]} ({self.num_faults - 1:,} more such rows or files; {skip})")
+            raise TooManyFaultsError(
+                f"{self.faults[0]} ({self.num_faults - 1:,} more such rows or files; {skip})"
+            )
         for fault in [*reversed(kinds.values())][:_KINDS_SHOWN]:
             notify(fault)
-        raise DataError(
+        raise TooManyFaultsError(
             f"{self.num_faults:,} rows or files cannot be read (one of each kind above); correct them, or {skip}"
         )

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from atlas.data.text.archives import BombError, has_archive_name, is_in_own_order, members_of
 from atlas.data.text.documents import Reading
 from atlas.data.text.files import HTTP, TextFile, filesystem_of, is_url
-from atlas.data.text.folders import Skipped, files_below, is_of_a_run
+from atlas.data.text.folders import Skipped, files_below, is_hidden, is_of_a_run
 from atlas.data.text.formats.sniff import ARCHIVES, ROWS, Unread
 from atlas.data.text.selection import Choice, choose, kind_of_rows, matches, refuse_conversations
 from atlas.data.text.stdin import STANDARD_INPUT
@@ -175,7 +175,7 @@ class Search:
             in_order = members
         for member in in_order:
             file = TextFile(str(path), "text", member.size, member=member.name, trusted=self._trust)
-            if _is_hidden(str(file.place)) or "__MACOSX" in file.place.parts:
+            if any(map(is_hidden, file.place.parts)):
                 continue
             if member.is_file:
                 yield file
@@ -238,10 +238,6 @@ def is_text_or_archive(path: Path) -> bool:
         what = TextFile(str(path), "text", path.stat().st_size).identified()
         return has_archive_name(path) or what in ARCHIVES or not isinstance(what, Unread)
     return True
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
 
 
 def _natural(name: str) -> list[list[str | int]]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import posixpath
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from atlas.data.text.documents import BOTH, Reading, read_rows
 from atlas.data.text.files import TextFile, is_url
+from atlas.data.text.formats import compression
 from atlas.data.text.formats.chats import has_messages, layout_of
 from atlas.data.text.formats.sniff import ROWS, Format, Unread
 from atlas.data.text.report import SourceReport
@@ -74,17 +77,31 @@ class Choice:
         return left_out / max(1, left_out + _size(self.files))
 
     def exclude_options(self) -> str:
-        """Return the options that leave out the same files, for a message."""
-        kept = {posixpath.splitext(file.basename)[1] for file in self.files}
-        patterns = dict.fromkeys(
-            file.basename if ending in kept or not ending else f"*{ending}"
-            for files in self.left_out.values()
-            for file in files
-            for ending in [posixpath.splitext(file.basename)[1]]
+        """Return the options, as few as possible, with which the user would agree that much is left out."""
+        kept_endings, kept_names = (
+            {_ending(file) for file in self.files},
+            {file.basename for file in self.files},
         )
-        if len(patterns) > _MOST_PATTERNS or not {file.basename for file in self.files}.isdisjoint(patterns):
+        sizes: Counter[str] = Counter()
+        for file in itertools.chain.from_iterable(self.left_out.values()):
+            ending = _ending(file)
+            has_own_ending = ending and ending not in kept_endings
+            sizes[f"*{ending}" if has_own_ending else file.basename] += file.size
+        kept, left_out, patterns = _size(self.files), sizes.total(), []
+        for pattern, size in sizes.most_common():
+            if left_out <= MOST_LEFT_OUT * (kept + left_out):
+                break
+            patterns.append(pattern)
+            left_out -= size
+        if len(patterns) > _MOST_PATTERNS or not kept_names.isdisjoint(patterns):
             return "--exclude PATTERN"
         return " ".join(f"--exclude {shlex.quote(pattern)}" for pattern in patterns)
+
+
+def _ending(file: TextFile) -> str:
+    """Return the ending of a file's name together with that of its compression, such as `.svg.gz`."""
+    stem, ending = posixpath.splitext(file.basename)
+    return posixpath.splitext(stem)[1] + ending if ending in compression.ENDINGS else ending
 
 
 def _size(files: Iterable[TextFile]) -> int:
@@ -105,8 +122,8 @@ def choose(
     """Choose among the files of a folder or an archive: each file with its format, or with what it is if Atlas does not
     read it. With `conversations`, only rows with conversations are read.
 
-    A folder that is mostly source code is read as text. In other folders, code is left out. Beside rows, files such as
-    a README describe the rows, and are left out.
+    A folder that is mostly source code is read as text. In other folders, code is left out. In a folder of mostly rows,
+    files such as a README describe the rows, and are left out.
     """
     found = [*found]
     code = sum(file.size for file, what in found if _is_code(file, what))
@@ -141,17 +158,18 @@ def _is_text(what: TextFile | Unread) -> bool:
 
 
 def _among_rows(choice: Choice, rows: list[TextFile], reading: Reading, *, conversations: bool) -> Choice:
-    """Leave out the files that describe the rows, and rows of another kind than the others.
+    """Leave out rows of another kind than the wanted one and, in a folder of mostly rows, files that describe them.
 
-    Raises `DataError` if only rows of another kind are left.
+    Raises `DataError` if the folder has mostly rows of another kind.
     """
+    has_mostly_rows = conversations or 2 * _size(rows) > _size(choice.files)
     kinds = _kinds_of(rows, reading)
     wanted = "conversation" if conversations else "document"
-    has_wanted = wanted in kinds.values()
+    has_wanted = wanted in kinds.values() or not has_mostly_rows
     chosen = Choice(left_out=choice.left_out)
     for file in choice.files:
         kind = kinds.get(file)
-        if kind is None and (conversations or _is_about(file)):
+        if kind is None and has_mostly_rows and (conversations or _is_about(file)):
             chosen.leave_out(file, "no rows, beside files of rows")
         elif kind is not None and kind != wanted and has_wanted:
             chosen.leave_out(file, _other_rows(kind, reading, conversations=conversations))

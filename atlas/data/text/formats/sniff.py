@@ -133,12 +133,12 @@ _TEXT = (
     ),
 )  # fmt: skip
 _OFFICE_PARTS = (b"[Content_Types].xml", b"word/", b"xl/", b"ppt/", b"mimetypeapplication/vnd.oasis")
-_MARKUP = re.compile(
-    r"\s*(?:<\?xml[^>]*\?>\s*)?(?:<!--.*?-->\s*)*(?:<!doctype\s+html|<html[\s>])", re.I | re.S
-)
+_MARKUP = re.compile(r"<!doctype\s+html|<html[\s>]", re.I)
 _PDF = re.compile(rb"(?:\A|[\r\n])%PDF-\d")
-_MEDIAWIKI = re.compile(r"\s*(?:<\?xml[^>]*\?>\s*)?<mediawiki[\s>]")
-_WIKIEXTRACTOR = re.compile(r'\s*<doc id="')
+_MEDIAWIKI = re.compile(r"<mediawiki[\s>]")
+_WIKIEXTRACTOR = re.compile(r'<doc id="')
+_NO_BLANK = re.compile(r"\S|\Z")
+_XML_MISC = (("<?", "?>"), ("<!--", "-->"))
 _TAG = re.compile(r"<(?:p|div|body|head|title|h[1-6]|table|ul|ol|br|span)\b[^>]*>", re.I)
 _TEXT_MARKS = (
     codecs.BOM_UTF8,
@@ -239,13 +239,26 @@ def _binary_format(beginning: bytes) -> Format | Unread | None:
 
 
 def _markup_format(text: str, ending: str) -> Format | None:
-    if _MEDIAWIKI.match(text):
+    start = _after_misc(text)
+    if _MEDIAWIKI.match(text, start):
         return "mediawiki"
-    if _WIKIEXTRACTOR.match(text):
+    if _WIKIEXTRACTOR.match(text, start):
         return "wikiextractor"
     if ending in (".html", ".htm", ".xhtml"):
-        return "html" if len(_TAG.findall(text)) >= _FEWEST_TAGS or _MARKUP.match(text) else None
-    return "html" if _MARKUP.match(text) and ending in ("", ".txt", ".aspx", ".shtml") else None
+        return "html" if len(_TAG.findall(text)) >= _FEWEST_TAGS or _MARKUP.match(text, start) else None
+    return "html" if _MARKUP.match(text, start) and ending in ("", ".txt", ".aspx", ".shtml") else None
+
+
+def _after_misc(text: str) -> int:
+    """Return where an XML text begins, after blanks, its declaration and comments."""
+    start = 0
+    while True:
+        start = _NO_BLANK.search(text, start).start()  # type: ignore[union-attr]
+        closing = next((end for mark, end in _XML_MISC if text.startswith(mark, start)), None)
+        end = text.find(closing, start) if closing else -1
+        if closing is None or end < 0:
+            return start
+        start = end + len(closing)
 
 
 def _json_format(text: str, ending: str, text_field: str) -> Format | Unread | None:
