@@ -101,7 +101,8 @@ def test_preparing_the_archive(project: Project, prepared: Stage) -> None:
     assert prepared.code == 0, prepared.errors
     folder = project.folder / "data" / "processed" / "wikipedia"
     splits = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["splits"]
-    assert splits["train"]["documents"] + splits["val"]["documents"] == len(ARTICLES)
+    assert splits["train"]["documents"] == len(ARTICLES)
+    assert splits["val"]["documents"] > 0  # the ends of some of these few articles
     dataset, gpt2 = open_dataset(folder), Tokenizer.gpt2()
     texts = []
     for name in ("train", "val"):
@@ -110,7 +111,8 @@ def test_preparing_the_archive(project: Project, prepared: Stage) -> None:
         assert stream.num_tokens == splits[name]["tokens"] == len(np.load(folder / f"{name}-00000.npy"))
         assert f"{stream.num_documents:,} documents" in prepared.output
         texts += gpt2.decode(stream.read(0, stream.num_tokens).tolist()).split("<|endoftext|>")[:-1]
-    assert sorted(texts) == sorted(ARTICLES)  # every article once, although the archive has each twice
+    # Every article once, although the archive has each twice.
+    assert sorted(" ".join(texts).split()) == sorted(" ".join(ARTICLES).split())
 
 
 # How do I start training? Can I stop and resume later? When are checkpoints saved?
