@@ -150,15 +150,18 @@ _LARGEST_MODELFILE = 1 << 20  # bytes
 def _write_modelfile(file: Path, loaded: LoadedModel) -> None:
     """Write a Modelfile for Ollama beside `file`. A chat model gets the chat template. For another model, the template
     is the unchanged prompt."""
-    target = place_of_file(file.with_name("Modelfile"))
+    beside = file.with_name("Modelfile")
+    target = place_of_file(beside)
     problem = "is not a Modelfile"
     with explain_failed_write(target, "move this file, or export into another folder", problem=problem):
-        is_foreign = target.exists() and not read_limited(target, limit=_LARGEST_MODELFILE).startswith(
-            b"FROM "
+        is_foreign = (
+            not read_limited(target, limit=_LARGEST_MODELFILE).startswith(b"FROM ")
+            if target.exists()
+            else beside.is_symlink()  # the user has named the exported file, but not where this link leads
         )
     if is_foreign:
         raise AtlasError(
-            f"{target}: exists and is not a Modelfile; move this file, or export into another folder"
+            f"{beside}: exists and is not a Modelfile; move this file, or export into another folder"
         )
     content = (
         f"FROM ./{file.name}\n"

@@ -329,6 +329,23 @@ def test_an_export_writes_to_the_file_that_a_link_leads_to(tmp_path: Path, run: 
     assert (tmp_path / "disk/m.gguf").read_bytes().startswith(b"GGUF")
 
 
+def test_a_modelfile_is_not_written_where_only_a_link_leads(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "Modelfile").symlink_to(tmp_path / "elsewhere")
+    words = (
+        "export",
+        "--checkpoint",
+        run / "atlas_best.pt",
+        "--output",
+        tmp_path / "m.gguf",
+        "--no-verify",
+        "--modelfile",
+    )
+    assert "Modelfile: exists and is not a Modelfile" in error_of(capsys, *words)
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_a_folder_that_changes_while_an_export_writes_is_kept(tmp_path: Path) -> None:
     def write(folder: Path) -> None:
         for name in ("config.json", "b"):

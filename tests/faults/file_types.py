@@ -288,8 +288,8 @@ def check(case: Case, code: int, said: str, outside: Path, precious: bytes) -> N
     is_run = case.command.startswith("train") and "--profile" not in case.command
     if code == 0 and is_run and not any(f"at step {STEPS}" in line for line in lines):
         raise Broken(f"{case}: exit code 0, but the run is not complete: {' / '.join(lines[-3:])}")
-    # The output of `prepare` may be a link to a place that is not yet there: the user has named it.
-    is_output = case.command.startswith("prepare") and f"--output {case.name}" in case.command
+    # The output of `prepare` or `export` may be a link to a place that is not yet there: the user has named it.
+    is_output = f"--output {case.name}" in case.command
     if (outside / "missing").exists() and not is_output:
         raise Broken(f"{case}: wrote through the link")
     kept = (outside / "precious").read_bytes()
