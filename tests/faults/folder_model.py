@@ -159,7 +159,7 @@ class FolderModel:
                 other.lost_at, other.has_successor = other.step, self.takes_turns
         was_unfinished, self.unfinished_move = self.unfinished_move, False
         there = max((saved.step for saved in before), default=0)
-        if actor.how == "older" and actor.began != actor.named_step:
+        if actor.how == "older" and actor.named_step not in (None, actor.began):
             raise Broken(f"started from step {actor.began}, not from the named step {actor.named_step}")
         if (
             actor.how in ("plain", "auto")

@@ -71,7 +71,9 @@ class History:
             return ["--no-resume", "--seed", str(self.scene.seeds[self._runs])], None
         if how == "older" and (saved := self.model.saved()):
             chosen = sorted(saved, key=lambda entry: (entry.step, entry.name))[which % len(saved)]
-            return ["--resume", str(self.output / chosen.name)], chosen.step
+            # Another process that really trains may save a better atlas_best.pt before this one has read it.
+            may_change = chosen.name == "atlas_best.pt" and not self.model.takes_turns
+            return ["--resume", str(self.output / chosen.name)], None if may_change else chosen.step
         return [], None
 
     def add(self, process: Process, how: str, named_step: int | None) -> Actor:
