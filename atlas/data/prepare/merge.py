@@ -115,7 +115,7 @@ class Merger:
         keep = encoded.num_chars >= self._min_chars
         if self._checks_length:
             self._drop("short", encoded, keep, np.flatnonzero(~keep))
-        if "duplicates" in self.cleaning.steps:
+        if "duplicates" in self.cleaning.steps and self.rule.cuts is None:  # else the rule has left them out
             candidates = np.flatnonzero(keep)
             digests = np.frombuffer(encoded.digests, dtype="V16")[candidates].tobytes()
             self._drop("duplicates", encoded, keep, candidates[~self.seen.add(digests)])
@@ -166,7 +166,8 @@ class Merger:
     def _step_that_drops(self, document: _OpenDocument) -> str | None:
         if document.num_chars < self._min_chars:
             return "short"
-        if "duplicates" in self.cleaning.steps and not self.seen.add(bytes.fromhex(document.digest))[0]:
+        checks_copies = "duplicates" in self.cleaning.steps and self.rule.cuts is None
+        if checks_copies and not self.seen.add(bytes.fromhex(document.digest))[0]:
             return "duplicates"
         if self.similar and not self.similar.add(np.array(document.signature or (), dtype=np.uint32)):
             return "near_duplicates"

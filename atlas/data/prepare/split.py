@@ -133,7 +133,8 @@ def _near_word_end(text: str, cut: int) -> int:
     """Return the last word end before `cut`, or else the first one soon after it, or else `cut` itself."""
     if not 0 < cut < len(text):
         return min(cut, len(text))
-    before = last_word_end(text[:cut])
+    start = max(0, cut - _LONGEST_WORD)
+    before = start + last_word_end(text[start:cut])
     if before < cut:
         return before
     after = _WORD_END.search(text, cut - 1, cut + _LONGEST_WORD)

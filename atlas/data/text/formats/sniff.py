@@ -214,7 +214,7 @@ def _binary_format(beginning: bytes) -> Format | Unread | None:
         return "parquet"
     if beginning.startswith((b"ARROW1\0\0", b"\xff\xff\xff\xff")):
         return "arrow"
-    if _PDF.search(beginning[:1024]) and b" obj" in beginning:
+    if _PDF.search(beginning[:1024]) and (has_zeros or b" obj" in beginning):
         return "pdf"
     if beginning.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         if b"mimetypeapplication/epub+zip" in beginning[:100]:

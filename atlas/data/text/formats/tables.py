@@ -131,6 +131,7 @@ class ColumnarFile:
 def _arrow_batches(reader: Any, columns: list[str], *, is_file: bool) -> Iterator[Any]:
     all_batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
     for batch in all_batches:
+        batch.validate(full=True)  # otherwise a damaged offset reads beyond the memory of the batch
         chosen = batch.select(columns)
         for start in range(0, len(chosen), _BATCH_ROWS):
             yield chosen.slice(start, _BATCH_ROWS)
