@@ -31,7 +31,7 @@ def test_the_share_is_held_out_and_every_document_keeps_its_half(lengths: list[i
 
 @pytest.mark.parametrize("count", [1, 2, 5, 20, 25, 60, 99])
 def test_any_few_documents_leave_some_text_for_validation(count: int, tmp_path: Path) -> None:
-    files = {f"{n:02d}.txt": f"Book d {n} tells of mill {n} and of geese.\n" for n in range(count)}
+    files = {f"{n:02d}.txt": f"Book d {n} is about mill {n} and of geese.\n" for n in range(count)}
     for name, texts in (("short", files), ("long", {name: text * 50 for name, text in files.items()})):
         dataset = prepare([write_folder(tmp_path / name, texts)], tmp_path / f"{name}.out").dataset
         train, val = (" ".join(documents_in(dataset, split)).split() for split in ("train", "val"))

@@ -13,7 +13,7 @@ from atlas.tokenizer import Tokenizer
 from atlas.training.train import train
 from tests.runs import layer, run_for, trained
 
-ROWS = [f"Row {n} tells of a mill, of a river and of {n * n} geese." for n in range(150)]
+ROWS = [f"Row {n} is about a mill, of a river and of {n * n} geese." for n in range(150)]
 
 
 def write(path: Path, rows: list[str]) -> Path:

@@ -26,7 +26,7 @@ from atlas.errors import DataError
 STEPS = ("nfc", "control", "whitespace", "duplicates")
 
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f]")
-_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[()][0-9A-Z]|[@-Z\\^_=>])")
+_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\)|[()][0-9A-Z]|[@-Z\\^_=>])")
 _OVERSTRUCK = re.compile("[^\ufffc\n]\x08")  # as `man` prints bold letters: each twice
 _LINE_SEPARATORS = re.compile("[\x0b\x0c\x1c-\x1e\x85]")
 _CONTROL_BYTES = bytes(byte for byte in [*range(0x20), 0x7F] if byte not in b"\t\n\r")

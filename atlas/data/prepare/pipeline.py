@@ -295,7 +295,9 @@ class _Preparation:
         if missing := [*sources.choice.names_with_reasons(), *report.faults]:
             if unnamed := report.num_faults - len(report.faults):
                 missing.append(f"and {unnamed:,} more rows or files that cannot be read")
-            (folder / LEFT_OUT).write_text("".join(f"{line}\n" for line in missing), encoding="utf-8")
+            (folder / LEFT_OUT).write_text(
+                "".join(f"{line}\n" for line in missing), "utf-8", "backslashreplace"
+            )
         facts = {"content_key": sources.content_key, "roots": roots_to_keep(sources)}
         notes = [*sources.notes(report), *self._notes(splits, rule, tokenizer)]
         notes += report.fault_notes(f", see {output / LEFT_OUT}")

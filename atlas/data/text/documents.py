@@ -229,8 +229,12 @@ def _column_rows(file: TextFile, on_bad: rows.OnBad, advance: Advance) -> Iterat
                 place = f"{file.name} row {next(numbers)}"
                 try:
                     [value] = batch.slice(start, 1).to_pylist()
-                except UnicodeDecodeError:
-                    on_bad(DataError(f"{place}: has bytes that are not UTF-8; write the file again"))
+                except (
+                    ValueError,
+                    ArithmeticError,
+                    LookupError,
+                ) as error:  # such as a date that Python cannot hold
+                    on_bad(DataError(f"{place}: has a value that cannot be read ({error!s:.100})"))
                 else:
                     yield Row(place, value)
 

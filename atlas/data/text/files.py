@@ -114,7 +114,7 @@ class TextFile:
             if len(beginning) == _FEW_BYTES and not isinstance(identify(beginning, self.basename), Unread):
                 beginning += stream.read(SAMPLE_BYTES - _FEW_BYTES)
         if encoding:
-            beginning = beginning.decode(encoding, errors="ignore").encode()
+            beginning = _decoded(beginning, encoding)
         found = identify(beginning, self.basename, text_field)
         if found in ("parquet", "arrow") and (self.member or self._is_compressed):
             return Unread(f"{NAMES[found]} that is compressed or in an archive", "unpack it")
@@ -137,6 +137,14 @@ class TextFile:
                 refuse_bomb(self.name, self.size, unpacked)
 
         return count
+
+
+def _decoded(beginning: bytes, encoding: str) -> bytes:
+    """Return the beginning of a text in UTF-8. A text that is not in `encoding` is reported when it is read."""
+    try:
+        return beginning.decode(encoding, errors="ignore").encode(errors="ignore")
+    except UnicodeError:
+        return beginning
 
 
 def open_root(root: str, *, seekable: bool = False) -> IO[bytes]:

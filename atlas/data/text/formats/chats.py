@@ -276,7 +276,8 @@ def _messages(value: Any, place: str, found: Counter[str]) -> Iterator[Message]:
         where = f"{place}, message {number}"
         if not isinstance(message, dict):
             raise DataError(f'{where}: is not an object like {{"role": "user", "content": …}}')
-        if "role" not in message and "from" not in message and (layout := layout_of(message)):
+        is_turn = "role" not in message and "from" not in message
+        if is_turn and (layout := layout_of(message)) and layout not in LISTS:
             yield from _in_fields(
                 message, layout, where, {*message}, found
             )  # a turn with question and answer
@@ -295,6 +296,8 @@ def _message(message: dict[str, Any], place: str) -> Message:
     field = next((field for field in ("content", "value", "text") if message.get(field) is not None), None)
     texts = [_text(message[field], place)] if field else []
     calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
+    if not isinstance(calls, list):
+        raise DataError(f"{place}: tool_calls is not a list")
     texts += [f"<tool_call>{_as_json(_call(call))}</tool_call>" for call in calls]
     if name in _CALLS:
         texts = [f"<tool_call>{text}</tool_call>" for text in texts]
@@ -345,4 +348,4 @@ def _parsed(text: str, place: str) -> Any:
 
 
 def _as_json(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -78,7 +78,12 @@ def read_text(stream: io.BufferedIOBase, how: Decoding) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder(codec)("surrogateescape" if codec in _UTF8 else "replace")
     read = replaced = 0
     for chunk in itertools.chain([first], rest, [b""]):
-        text = decoder.decode(chunk, final=not chunk)
+        try:
+            text = decoder.decode(chunk, final=not chunk)
+        except UnicodeError as error:  # UTF-16 and UTF-32 without a mark of the byte order
+            raise DataError(
+                f"{how.name}: cannot be decoded as {codec} ({error!s:.100}); name another encoding, such as utf-16-le"
+            ) from None
         read += len(chunk)
         if codec in _UTF8:
             text, count = _without_surrogates(text)

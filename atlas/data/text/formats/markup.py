@@ -10,6 +10,7 @@ import logging
 import posixpath
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import IO, Any
@@ -68,8 +69,8 @@ def html_text(page: bytes, name: str, encoding: str | None = None) -> str:
         raise DataError(f"{name}: has more than {_DEEPEST:,} open elements; it is no page for readers")
     stated = _CHARSET.search(page[:4096])
     codec = encoding or (stated[1].decode("ascii") if stated else "utf-8")
-    with suppress(LookupError):
-        page = page.decode(codec, errors="replace").encode()
+    with suppress(LookupError, UnicodeError):
+        page = page.decode(codec, errors="replace").encode(errors="replace")
     tree = LexborHTMLParser(page)
     for node in tree.css(_DROPPED):
         node.decompose()
@@ -154,7 +155,7 @@ def epub_chapters(stream: IO[bytes], name: str) -> Iterator[str]:
                 node.get("id"): node.get("href", "") for node in tree.iter() if node.tag.endswith("}item")
             }
             spine = [node.get("idref") for node in tree.iter() if node.tag.endswith("}itemref")]
-            for place in spine:
+            for place in dict.fromkeys(spine):  # a book that repeats a chapter may be a bomb
                 path = posixpath.normpath(
                     posixpath.join(posixpath.dirname(package), unquote(items.get(place, "")))
                 )
@@ -162,8 +163,11 @@ def epub_chapters(stream: IO[bytes], name: str) -> Iterator[str]:
                     yield text
     except (
         zipfile.BadZipFile,
+        zlib.error,
         ElementTree.ParseError,
-        NotImplementedError,
+        EOFError,
+        LookupError,
+        RuntimeError,  # an encrypted member, or a compression that `zipfile` does not know
         StopIteration,
         OSError,
         ValueError,

@@ -54,7 +54,7 @@ def dump_articles(stream: IO[bytes], name: str) -> Iterator[str]:
                     if text:
                         yield f"{_text_of(fields.get('title'), '')}\n\n{text}".strip()
                 root.clear()
-    except (ElementTree.ParseError, StopIteration) as error:
+    except (ElementTree.ParseError, StopIteration, LookupError, ValueError) as error:
         raise DataError(f"{name}: is not a complete dump ({error}); download it again") from None
 
 

@@ -120,7 +120,7 @@ _TEXT = (
         Unread("a Git LFS pointer, not the file itself", "git lfs pull"),
     ),
     (
-        re.compile(r"From \S+ .*\d{4}[^\n]*\n(?:>?[\w-]+:.*\n)"),
+        re.compile(r"From \S+ +(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun) [^\n]*\n>?[\w-]+:"),
         Unread(
             "a mailbox (mbox)",
             "python -c 'import mailbox; [print(p.get_payload(decode=True).decode(errors=\"replace\")) for m in "
@@ -134,6 +134,7 @@ _TEXT = (
 )  # fmt: skip
 _OFFICE_PARTS = (b"[Content_Types].xml", b"word/", b"xl/", b"ppt/", b"mimetypeapplication/vnd.oasis")
 _MARKUP = re.compile(r"<!doctype\s+html|<html[\s>]", re.I)
+_PDF_OBJECT = re.compile(rb"\d obj\b")
 _PDF = re.compile(rb"(?:\A|[\r\n])%PDF-\d")
 _MEDIAWIKI = re.compile(r"<mediawiki[\s>]")
 _WIKIEXTRACTOR = re.compile(r'<doc id="')
@@ -214,7 +215,7 @@ def _binary_format(beginning: bytes) -> Format | Unread | None:
         return "parquet"
     if beginning.startswith((b"ARROW1\0\0", b"\xff\xff\xff\xff")):
         return "arrow"
-    if _PDF.search(beginning[:1024]) and (has_zeros or b" obj" in beginning):
+    if _PDF.search(beginning[:1024]) and (has_zeros or _PDF_OBJECT.search(beginning)):
         return "pdf"
     if beginning.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         if b"mimetypeapplication/epub+zip" in beginning[:100]:
@@ -230,7 +231,7 @@ def _binary_format(beginning: bytes) -> Format | Unread | None:
         return Unread("a Kindle book", "ebook-convert NAME NAME.epub")
     if beginning[4:8] == b"ftyp" and has_zeros:
         return Unread("a video")
-    if beginning[:4] == b"RIFF":
+    if beginning[:4] == b"RIFF" and has_zeros:
         return Unread({b"WEBP": "a picture", b"WAVE": "sound"}.get(beginning[8:12], "a video"))
     found = next(((mark, what) for mark, what in _BINARY if beginning.startswith(mark)), None)
     if found is None or (found[0].isalnum() and not has_zeros):  # a text can begin with these letters
@@ -267,16 +268,16 @@ def _json_format(text: str, ending: str, text_field: str) -> Format | Unread | N
     is_cut = len(lines) > 1 and len(text) > SAMPLE_BYTES // 8  # the last line may be incomplete
     first, second = ([value_of(line) for line in lines[: min(2, len(lines) - is_cut)]] + [None, None])[:2]
     begins = text.lstrip()
-    if ending in _LINES and isinstance(first, (dict, list)):
+    if ending in _LINES and (isinstance(first, (dict, list)) or len(lines) == 1 or isinstance(second, dict)):
         return "jsonl"
     if isinstance(first, dict) and len(lines) > 1:
         if isinstance(second, dict) or lines[1].lstrip().startswith("{"):
             return "jsonl"
     elif isinstance(first, list) and isinstance(second, list):
         return "jsonl"
-    elif re.match(r'\[\s*(?:[\[{"]|\Z)', begins):
+    elif re.match(r"\[\s*\{", begins) or (ending == ".json" and re.match(r'\[\s*(?:[\["]|\Z)', begins)):
         return "json"
-    elif re.match(r'\{\s*(?:"|\Z)', begins):
+    elif re.match(r'\{\s*(?:"[^"\n]*"\s*:|\Z)', begins):
         return _object_format(text, text_field, is_one_line=len(lines) == 1)
     if ending in _LINES:
         return "jsonl"

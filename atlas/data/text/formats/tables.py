@@ -117,6 +117,10 @@ class ColumnarFile:
         """Raise `DataError` unless the file has this column, with text in it."""
         from pyarrow import types
 
+        if self.schema.names.count(column) > 1:
+            raise DataError(
+                f"{self.name}: has several columns {column!r}; give each column a name of its own"
+            )
         if column not in self.schema.names:
             raise DataError(
                 f"{self.name}: has no column {column!r} (columns: {shown_names(self.schema.names)}); name the column "
