@@ -25,8 +25,9 @@ def whole(pieces: Any) -> list[str]:
 
 def documents_of(*paths: Path, **options: Any) -> list[str]:
     report = SourceReport()
-    documents = whole(Sources(paths, **options).documents(report))
-    report.check_faults(None, at_end=True)
+    sources = Sources(paths, **options)
+    documents = whole(sources.documents(report))
+    report.check_faults(None, total_bytes=sources.total_bytes)
     return documents
 
 

@@ -145,3 +145,9 @@ def test_info_shows_what_is_learnt(tmp_path: Path, capsys: pytest.CaptureFixture
         "It is 0.<|endoftext|>\n<|user|>\nWhat is 1?<|endoftext|>\n<|assistant|>\n«It is 1.<|endoftext|>»"
         in shown
     )
+
+
+def test_a_folder_of_mostly_texts_is_no_folder_of_conversations(tmp_path: Path) -> None:
+    write(tmp_path / "chat.jsonl", lines(ROWS))
+    write(tmp_path / "a.txt", "Prose. " * 1000)
+    assert not holds_conversations(tmp_path)

@@ -53,6 +53,10 @@ def test_a_run_of_any_length_is_scanned_once(blank: str) -> None:
     assert (cleaned[0], cleaned[-1]) == ("a", "b")
 
 
+def test_an_escape_without_its_end_removes_only_itself() -> None:
+    assert Cleaning(("control",)).clean("one\x1b]0 stray\ntwo\x1b[")[0] == "one]0 stray\ntwo["
+
+
 def test_pieces_are_cleaned_as_the_complete_text(monkeypatch: pytest.MonkeyPatch) -> None:
     document = "".join(
         random.Random(1).choices(["word", "  ", " ", "\n", "\r\n", "é", "e\u0301", "\t"], k=9000)

@@ -61,7 +61,7 @@ def read_to_the_end(sources: Sources) -> list[str]:
     groups = pickle.loads(pickle.dumps(sources.groups))  # noqa: S301
     report = SourceReport()
     found = [piece for group in groups for piece in group.pieces(report, told.append)]
-    report.check_faults(None, at_end=True)
+    report.check_faults(None, total_bytes=sources.total_bytes)
     assert sum(told) == sources.total_bytes
     assert min(told) >= 0
     return whole(found)

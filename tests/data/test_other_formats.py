@@ -368,3 +368,98 @@ def test_a_small_table_beside_texts_is_left_out_and_a_large_one_needs_its_field(
     (folder / "b.csv").write_text("Name,Value\n" + "x,1\n" * 9000, encoding="utf-8")
     with pytest.raises(AtlasError, match=r"b.csv row 2: has no field 'text' \(fields: Name, Value\)"):
         documents_of(folder)
+
+
+def test_a_stray_quote_costs_its_own_line(tmp_path: Path) -> None:
+    rows = [f"{n},text {n}\n" for n in range(3000)]
+    rows[100], rows[107] = '100,"stray\n', '107,a "b" c\n'
+    rows[200] = '200,"two\n\nlines"\n'
+    (tmp_path / "a.csv").write_text("id,text\n" + "".join(rows), encoding="utf-8")
+    report = SourceReport()
+    found = [piece.text for piece in Sources([tmp_path / "a.csv"]).documents(report)]
+    assert len(found) == 2999
+    assert found[199] == "two\n\nlines"
+    assert report.num_faults == 1
+    assert "row 102: cannot be read" in report.faults[0]
+
+
+def test_a_file_that_is_not_read_to_its_end_counts_with_all_its_bytes(tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"Row {n}."}) for n in range(200)]
+    (tmp_path / "a.json").write_text(
+        "[" + ",".join(rows[:10]) + ",," + ",".join(rows) + "]", encoding="utf-8"
+    )
+    with pytest.raises(AtlasError, match="is not JSON after 10 rows"):
+        documents_of(tmp_path / "a.json")
+    (tmp_path / "b.txt").write_text("Prose. " * 20_000, encoding="utf-8")
+    assert len(documents_of(tmp_path)) == 11
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[[Home]] is a page of these notes.",
+        '["Quote"](http://x) is a link.',
+        '["INFO", 12:01] started',
+        '{"a","b"} is a set.',
+        "From Paris to London in 1889, a journey.\nNote: this is prose.\n",
+        "About PDF\n\n%PDF-1.4\n\nis how a file begins, and objects follow.",
+        "RIFFRAFF, or the life of the poor.",
+        "MZ is how a program begins.",
+    ],
+)
+def test_prose_that_looks_like_another_format_is_text(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    assert documents_of(tmp_path) == documents_of(tmp_path / "a.txt") == [text]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "encoding"),
+    [
+        ("a.txt", "words".encode("utf-16-le"), "utf-16"),
+        ("a.csv", b"a,text\n1,x\r2,y\r", ""),
+        ("a.csv", b'"a"b,text\n1,x\n', ""),
+        ("a.html", b"<html><meta charset=idna><body>words</body></html>", ""),
+        ("a.xml", b'<?xml version="1.0" encoding="foo"?><mediawiki></mediawiki>', ""),
+        ("a.epub", epub(a="words")[:400], ""),
+        ("a.jsonl", b'{"\\ud800": 1}\n', ""),
+    ],
+)
+def test_odd_files_end_in_one_line(
+    name: str, content: bytes, encoding: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    words = ["prepare", "--input", str(tmp_path / name), "--output", str(tmp_path / "out"), "--workers", "1"]
+    code = main([*words, *(["--encoding", encoding] if encoding else [])])
+    said = capsys.readouterr().err
+    assert code == (2 if "error: " in said else 0)
+    assert code == 0 or name in said.splitlines()[-1]
+
+
+def test_a_damaged_arrow_file_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.arrow"
+    table = pyarrow.table({"text": [f"words {n}" for n in range(50)]})
+    with pyarrow.ipc.new_file(path, table.schema) as file:
+        file.write_table(table)
+    content = bytearray(path.read_bytes())
+    place = content.index((7).to_bytes(4, "little") + (14).to_bytes(4, "little"))  # the offsets of two texts
+    content[place + 3] = 0x7F
+    path.write_bytes(content)
+    with pytest.raises(AtlasError, match="is not a complete Arrow file"):
+        documents_of(path)
+
+
+def test_columns_with_one_name_and_odd_values(tmp_path: Path) -> None:
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(AtlasError, match="has several columns 'text'"):
+        documents_of(tmp_path / "a.parquet")
+    far = pyarrow.array([10**7], pyarrow.int32()).cast(pyarrow.date32())
+    parquet.write_table(pyarrow.table({"text": ["a"], "day": far}), tmp_path / "a.parquet")
+    assert documents_of(tmp_path / "a.parquet") == ["a"]
+
+
+@pytest.mark.parametrize("opening", ["<ol><li>", "<dl><dd>", "<center>", "<article>"])
+def test_elements_that_never_end_are_refused(opening: str, tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(f"<html>{'</div>' * 50_000}{opening * 50_000}words", encoding="utf-8")
+    with pytest.raises(AtlasError, match="more than 2,000 open elements"):
+        documents_of(tmp_path / "a.html")

@@ -59,3 +59,18 @@ def test_documents_are_separated_where_a_passage_was_taken(tmp_path: Path) -> No
     assert stream.num_documents == 5
     ends = Tokenizer.gpt2().decode(stream.read(0, stream.num_tokens).tolist()).count("<|endoftext|>")
     assert ends == 5
+
+
+def test_a_title_before_text_without_blanks_keeps_its_text(tmp_path: Path) -> None:
+    text = "标题\n" + "这是一个没有空格的中文文档。" * 300
+    dataset = prepare([write_folder(tmp_path / "in", {"a.txt": text})], tmp_path / "out").dataset
+    train, val = ("".join(documents_in(dataset, split)) for split in ("train", "val"))
+    assert train + val == text
+    assert 0.04 < len(val) / len(text) < 0.06
+
+
+def test_documents_that_share_a_half_are_all_kept(tmp_path: Path) -> None:
+    files = {f"{n}.txt": "The same words. " * 100 + f"Other words {n}. " * 100 for n in range(4)}
+    dataset = prepare([write_folder(tmp_path / "in", files)], tmp_path / "out", val_fraction=0.5).dataset
+    assert dataset.manifest.splits["train"].documents == 4
+    assert dataset.manifest.cleaning["duplicates"].documents == 0

@@ -51,7 +51,7 @@ def _read(sources: Sources) -> list[str]:
     """Read all text, as `atlas prepare` does."""
     report = SourceReport()
     texts = [piece.text for piece in sources.documents(report)]
-    report.check_faults(None, at_end=True)
+    report.check_faults(None, total_bytes=sources.total_bytes)
     return texts
 
 

@@ -221,7 +221,7 @@ class _Preparation:
                 return Summary(existing, unchanged=True)
             report = SourceReport()
             if next(self.sources.documents(report), None) is None:
-                report.check_faults(self.sources.reading.on_error, at_end=True)
+                report.check_faults(self.sources.reading.on_error, total_bytes=self.sources.total_bytes)
                 raise DataError(f"{self.sources.names}: holds no text to train on; give a source with text")
             with locked(work), locked(output) if output != work else nullcontext():
                 if existing := self._existing(output):  # another process made it while this process waited
@@ -355,7 +355,7 @@ class _Preparation:
                         commit()
                         committed = time.monotonic()
                         file_end_committed = file_end_committed if done.end.part else committed
-                report.check_faults(self.sources.reading.on_error, at_end=True)
+                report.check_faults(self.sources.reading.on_error, total_bytes=self.sources.total_bytes)
             except AtlasError:
                 if merger.tokens:
                     commit()

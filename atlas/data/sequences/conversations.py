@@ -25,13 +25,14 @@ from atlas.data.sequences.dataset import IGNORE_INDEX
 from atlas.data.sequences.packing import pack
 from atlas.data.shards import is_prepared
 from atlas.data.text.documents import Reading, read_rows
-from atlas.data.text.files import Advance
+from atlas.data.text.files import Advance, TextFile
 from atlas.data.text.folders import Skipped, files_below
 from atlas.data.text.formats.chats import ChatReport, parse_layout, read_conversation
 from atlas.data.text.formats.decode import replace_undecodable
+from atlas.data.text.formats.rows import Row
 from atlas.data.text.formats.sniff import ROW_ENDINGS, ROWS
-from atlas.data.text.report import SourceReport
-from atlas.data.text.selection import kind_of_rows, refuse_conversations
+from atlas.data.text.report import SourceReport, TooManyFaultsError
+from atlas.data.text.selection import is_about, kind_of_rows, refuse_conversations
 from atlas.data.text.sources import Sources
 from atlas.errors import DataError
 from atlas.progress import byte_progress
@@ -78,8 +79,8 @@ class Conversations:
 
 
 def holds_conversations(path: str | Path, chat_format: str | None = None) -> bool:
-    """Return whether the rows of a file, or of the files in a folder, are conversations. `chat_format` is the layout
-    that the user named.
+    """Return whether the rows of a file, or most of the text in a folder, are conversations. `chat_format` is the
+    layout that the user named.
 
     Raises `DataError` if the first row has both a text and a list of messages, and the user named no layout.
     """
@@ -92,7 +93,9 @@ def holds_conversations(path: str | Path, chat_format: str | None = None) -> boo
     for file, kind in kinds.items():
         if kind == "both":
             refuse_conversations(file, kind, sources.reading)
-    return "conversation" in kinds.values()
+    others = itertools.chain.from_iterable(sources.choice.left_out.values())
+    other_bytes = sum(file.size for file in others if not is_about(file))
+    return "conversation" in kinds.values() and sources.total_bytes > other_bytes
 
 
 def _may_hold_rows(path: str | Path) -> bool:
@@ -133,7 +136,7 @@ def read_conversations(
                 tokenizer.encode_arrays([text for chat in turns for turn in chat for text in turn[:2]])
             )
             chats += [_tokens_of(chat, ids, tokenizer.eos_id) for chat in turns]
-    report.check_faults(sources.reading.on_error, at_end=True)
+    report.check_faults(sources.reading.on_error, total_bytes=sources.total_bytes)
     if not chats:
         raise DataError(
             f"{path}: holds no conversations; give rows with messages, or a prompt and a response"
@@ -171,11 +174,22 @@ def _held_out(digests: bytes, val_fraction: float) -> tuple[NDArray[np.bool_], s
     )
 
 
+def _rows_of(file: TextFile, reading: Reading, report: SourceReport, advance: Advance) -> Iterator[Row]:
+    """Yield the rows of a file up to an error that ends it. The error is added to `report`."""
+    try:
+        yield from read_rows(file, reading, report, advance)
+    except TooManyFaultsError:
+        raise
+    except DataError as error:
+        report.add_fault(error, reading.on_error)
+        report.bytes_unsure += file.size
+
+
 def _conversations_in(
     sources: Sources, report: SourceReport, understood: ChatReport, layout: str | None, advance: Advance
 ) -> Iterator[list[Message]]:
     for file in sources.files:
-        for row in read_rows(file, sources.reading, report, advance):
+        for row in _rows_of(file, sources.reading, report, advance):
             try:
                 messages = read_conversation(row.value, row.place, understood, layout)
             except DataError as error:

@@ -93,9 +93,12 @@ class Group:
                 report.documents[self.files[0].kind] += piece.ends_document
                 yield piece
         except DataError as error:
-            if isinstance(error, (BombError, TooManyFaultsError)) or is_url(self.files[0].root):
-                raise  # a URL that cannot be read now may be readable at the next call
+            # A URL that cannot be read now may be readable at the next call.
+            may_get_better = is_url(self.files[0].root) and not isinstance(error, rows.NotJsonError)
+            if isinstance(error, (BombError, TooManyFaultsError)) or may_get_better:
+                raise
             report.add_fault(error, self.reading.on_error)
+            report.bytes_unsure += self.size
             if is_open:  # the text before the fault is kept
                 yield Piece("")
 
@@ -214,7 +217,7 @@ def read_rows(file: TextFile, reading: Reading, report: SourceReport, advance: A
         return
     chunks = _text(file, reading, report, advance)
     if file.format == "json":
-        yield from rows.json_rows(chunks, file.name, on_bad)
+        yield from rows.json_rows(chunks, file.name)
     elif file.format == "csv":
         yield from tables.csv_rows(lines_of(chunks, rows.LONGEST_ROW), file.name, on_bad)
     else:

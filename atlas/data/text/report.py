@@ -18,6 +18,8 @@ MOST_FAULTS = 100
 """With more faults, Atlas stops, since something is wrong with the input as a whole."""
 MOST_NAMED = 10_000
 """Atlas names this many rows and files that cannot be read. With more, it only counts them."""
+MOST_UNSURE = 0.1
+"""Atlas stops if files with more than this share of the bytes cannot be read, or not to their end."""
 _FREE_FAULTS, _FAULT_SHARE = 5, 0.001
 _KINDS_SHOWN, BOUNDARIES_SHOWN, _FAULTS_SHOWN = 10, 3, 10
 _DETAIL = re.compile(r"'[^']*'|[\d,]+")
@@ -48,6 +50,8 @@ class SourceReport(BaseModel):
     """The first rows and files that cannot be read and are left out, each with its place and the reason."""
     num_faults: int = 0
     """Number of all rows and files that cannot be read."""
+    bytes_unsure: int = 0
+    """Sum of the sizes of the files that cannot be read, or not to their end."""
     articles: ArticleReport | None = None
     untitled: int = 0
     """Number of files that are named like the files of the Kaggle archive, but contain no title."""
@@ -83,6 +87,7 @@ class SourceReport(BaseModel):
         self.boundaries = [*self.boundaries, *other.boundaries][:BOUNDARIES_SHOWN]
         self.faults = [*self.faults, *other.faults][:MOST_NAMED]
         self.num_faults += other.num_faults
+        self.bytes_unsure += other.bytes_unsure
         self.untitled += other.untitled
         if self.articles is None:
             self.articles = other.articles
@@ -121,15 +126,17 @@ class SourceReport(BaseModel):
         if on_error is None and self.num_faults > MOST_FAULTS:
             self._refuse()
 
-    def check_faults(self, on_error: str | None, *, at_end: bool = False) -> None:
+    def check_faults(self, on_error: str | None, *, total_bytes: int | None = None) -> None:
         """Raise `DataError` if too many rows or files cannot be read. `on_error` is `skip` if the user allowed any
-        number of them. With `at_end`, all sources were read."""
+        number of them. `total_bytes` is the size of the sources, if all of them were read."""
+        at_end = total_bytes is not None
         documents = self.documents.total()
         allowed = min(MOST_FAULTS, max(_FREE_FAULTS, _FAULT_SHARE * documents), documents - 1)
         too_many = {
             "stop": True,  # an earlier call left them out, and its work is resumed
             "skip": at_end and documents == 0,
-            None: self.num_faults > (allowed if at_end else MOST_FAULTS),
+            None: self.num_faults > (allowed if at_end else MOST_FAULTS)
+            or (at_end and self.bytes_unsure > MOST_UNSURE * (total_bytes or 0)),
         }
         if self.num_faults and too_many[on_error]:
             self._refuse()

@@ -169,7 +169,7 @@ def _among_rows(choice: Choice, rows: list[TextFile], reading: Reading, *, conve
     chosen = Choice(left_out=choice.left_out)
     for file in choice.files:
         kind = kinds.get(file)
-        if kind is None and has_mostly_rows and (conversations or _is_about(file)):
+        if kind is None and has_mostly_rows and (conversations or is_about(file)):
             chosen.leave_out(file, "no rows, beside files of rows")
         elif kind is not None and kind != wanted and has_wanted:
             chosen.leave_out(file, _other_rows(kind, reading, conversations=conversations))
@@ -200,7 +200,8 @@ def _other_rows(kind: str, reading: Reading, *, conversations: bool) -> str:
     return "conversations; give them to atlas train --train-data"
 
 
-def _is_about(file: TextFile) -> bool:
+def is_about(file: TextFile) -> bool:
+    """Return whether a file is named like a text about the other files, such as a README."""
     return file.format == "text" and file.basename.lower().startswith(_ABOUT)
 
 

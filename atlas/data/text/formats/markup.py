@@ -34,7 +34,12 @@ _PARAGRAPHS = frozenset(_PARAGRAPH_NAMES.split())
 _BLOCKS = frozenset(_BLOCK_NAMES.split())
 _CELLS = frozenset(("td", "th"))
 _BLANKS = re.compile(r"[ \t\r\n\f]+")
-_OPENED = re.compile(rb"<(/?)(?:div|span|b|i|em|strong|font|section|table|ul|blockquote)\b", re.I)
+_OPENED = re.compile(rb"<(/?)([a-z][a-z0-9]*)", re.I)
+_MAY_STAY_OPEN_NAMES = """
+    area base body br col colgroup dd dt embed head hr html img input li link meta optgroup option p param source tbody
+    td tfoot th thead tr track wbr
+"""
+_MAY_STAY_OPEN = frozenset(_MAY_STAY_OPEN_NAMES.encode().split())
 _CHARSET = re.compile(rb"(?i)charset=[\"']?([\w-]+)")
 _DEEPEST = 2000
 _MANY_LINES = re.compile(r"\n{3,}")
@@ -85,9 +90,14 @@ def html_text(page: bytes, name: str, encoding: str | None = None) -> str:
 
 
 def _depth(page: bytes) -> int:
-    """Return how many elements of the kinds that must be closed are never closed. The parser needs quadratic time for
+    """Return how many elements are open at most, of the kinds that must be closed. The parser needs quadratic time for
     them."""
-    return sum(-1 if slash else 1 for slash in _OPENED.findall(page))
+    depth = deepest = 0
+    for slash, tag in _OPENED.findall(page):
+        if tag.lower() not in _MAY_STAY_OPEN:
+            depth = max(0, depth - 1) if slash else depth + 1
+            deepest = max(deepest, depth)
+    return deepest
 
 
 def _text_below(root: Any) -> str:

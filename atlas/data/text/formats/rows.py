@@ -20,6 +20,10 @@ OnBad = Callable[[DataError], None]
 """Receives the error of a row that cannot be read. It returns if the row is left out, or raises the error."""
 
 
+class NotJsonError(DataError):
+    """A text that is not JSON from some place on."""
+
+
 class Row(NamedTuple):
     """A row, and its place for messages, such as `a.jsonl line 3`."""
 
@@ -49,12 +53,12 @@ def json_lines(lines: Iterable[str], name: str, on_bad: OnBad) -> Iterator[Row]:
             yield Row(place, value)
 
 
-def json_rows(chunks: Iterable[str], name: str, on_bad: OnBad) -> Iterator[Row]:
+def json_rows(chunks: Iterable[str], name: str) -> Iterator[Row]:
     """Yield the rows of a JSON text: the items of an array, or of the one array of objects in an object, or complete
     objects, one after the other. A long array needs little memory.
 
-    Raises `DataError` if an object has several arrays of objects. An error in the JSON goes to `on_bad` and ends the
-    rows, since nothing after it can be understood.
+    Raises `DataError` if an object has several arrays of objects, or the text is not JSON: after such an error, nothing
+    can be understood.
     """
     text, numbers, done = _JsonText(chunks), itertools.count(1), 0
     try:
@@ -67,7 +71,9 @@ def json_rows(chunks: Iterable[str], name: str, on_bad: OnBad) -> Iterator[Row]:
                 yield Row(f"{name} row {done}", value)
     except (ValueError, RecursionError) as error:
         place = f"{name} line {text.line}"
-        on_bad(DataError(f"{place}: is not JSON after {done:,} rows: {_reason(error)}; correct the file"))
+        raise NotJsonError(
+            f"{place}: is not JSON after {done:,} rows: {_reason(error)}; correct the file"
+        ) from None
 
 
 def _reason(error: Exception) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -14,6 +15,8 @@ from atlas.errors import DataError, first_line
 
 DELIMITERS = "\t,;|"
 _SAMPLE_LINES = 100
+_MOST_LINES = 1000
+"""A quoted cell may have this many lines. A longer one is a stray quote."""
 _BATCH_ROWS = 32
 """Rows decoded per step. The number is small because a dictionary-encoded column can repeat a long text in every row,
 at a cost of a few bytes per row."""
@@ -43,35 +46,56 @@ def _bad_rows(lines: list[str], quoting: Any) -> int:
 def csv_rows(lines: Iterable[str], name: str, on_bad: OnBad) -> Iterator[Row]:
     """Yield the rows of a table, as dicts by the names in its first line.
 
-    A row with too many or too few cells, or with a quote that does not end, goes to `on_bad`.
+    A row with too many or too few cells goes to `on_bad`, and so does a line with a quote that does not end. The next
+    line then begins a row, so that a stray quote costs only its own line.
     """
-    lines = iter(lines)
-    first = [*itertools.islice(filter(str.strip, lines), _SAMPLE_LINES)]
-    delimiter = delimiter_of(first[0] if first else "")
-    quoting: Any = csv.QUOTE_MINIMAL if _has_quotes(first, delimiter) else csv.QUOTE_NONE
+    source = iter(lines)
+    sample = [*itertools.islice(itertools.dropwhile(lambda line: not line.strip(), source), _SAMPLE_LINES)]
+    delimiter = delimiter_of(sample[0] if sample else "")
+    quoting: Any = csv.QUOTE_MINIMAL if _has_quotes(sample, delimiter) else csv.QUOTE_NONE
     csv.field_size_limit(LONGEST_ROW)
-    reader = csv.reader(itertools.chain(first, lines), delimiter=delimiter, quoting=quoting, strict=True)
-    names = next(reader, [])
-    number = 1
-    while True:
-        number += 1
-        place = f"{name} row {number}"
+    waiting, names, number = deque(sample), None, 0
+    while line := waiting.popleft() if waiting else next(source, ""):
+        taken = [line]
+        if quoting == csv.QUOTE_MINIMAL:
+            _take_quoted(taken, waiting, source)
         try:
-            cells = next(reader, None)
+            found = [*csv.reader(taken, delimiter=delimiter, quoting=quoting, strict=True)]
         except csv.Error as error:
-            on_bad(DataError(f"{place}: cannot be read: {error}; correct its quotes"))
+            number += 1
+            waiting.extendleft(reversed(taken[1:]))
+            on_bad(DataError(f"{name} row {number}: cannot be read: {error}; correct its quotes"))
             continue
-        if cells is None:
-            return
-        if len(cells) == len(names):
-            yield Row(place, dict(zip(names, cells, strict=True)))
-        elif cells:
-            on_bad(
-                DataError(
-                    f"{place}: has {len(cells):,} cells, but the first line has {len(names):,}; quote each cell that "
-                    "contains the delimiter"
+        for cells in filter(None, found):
+            number += 1
+            if names is None:
+                names = _checked_names(cells, name)
+            elif len(cells) == len(names):
+                yield Row(f"{name} row {number}", dict(zip(names, cells, strict=True)))
+            else:
+                on_bad(
+                    DataError(
+                        f"{name} row {number}: has {len(cells):,} cells, but the first line has {len(names):,}; quote "
+                        "each cell that contains the delimiter"
+                    )
                 )
-            )
+
+
+def _take_quoted(taken: list[str], waiting: deque[str], source: Iterator[str]) -> None:
+    """Add the lines of the quoted cell that the first line opens, if it ends within `_MOST_LINES` lines."""
+    is_open = taken[0].count('"') % 2 == 1
+    while (
+        is_open and len(taken) < _MOST_LINES and (line := waiting.popleft() if waiting else next(source, ""))
+    ):
+        taken.append(line)
+        is_open ^= line.count('"') % 2 == 1
+
+
+def _checked_names(names: list[str], name: str) -> list[str]:
+    names = [cell.strip() for cell in names]
+    if twice := next((cell for cell in names if cell and names.count(cell) > 1), None):
+        raise DataError(f"{name}: has several columns {twice!r}; give each column a name of its own")
+    return names
 
 
 class ColumnarFile:
