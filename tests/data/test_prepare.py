@@ -200,7 +200,9 @@ def tidied(document: str) -> str:
 
 
 # Without the beginnings of what a terminal would not show: tests/data/test_cleaning.py has them.
-TEXTS = st.text(st.characters(exclude_characters="\x1b\x08"), min_size=1, max_size=300) | st.lists(
+TEXTS = st.text(
+    st.characters(codec="utf-8", exclude_characters="\x1b\x08"), min_size=1, max_size=300
+) | st.lists(
     st.sampled_from(["word", "e\u0301", "\x00", " ", "\t", "\r", "\n", "\x0c", "漢", "\u0085", "  x"]),
     min_size=1,
 ).map("".join)
@@ -274,7 +276,7 @@ def test_with_few_documents_no_copy_is_cut_and_a_short_document_is_left_out(
     train, val = (" ".join(documents_in(dataset, name)).split() for name in ("train", "val"))
     assert Counter(train + val) == Counter(" ".join(texts[n] for n in set(long)).split())
     assert {f"{n}.0" for n in long} <= {*train}  # no document is held out completely
-    assert 0.05 < len(val) / len(train + val) < 0.3
+    assert 0.1 < len(val) / len(train + val) < 0.3
     assert dataset.manifest.cleaning["duplicates"].documents == len(long) - len(set(long))
     assert dataset.manifest.cleaning["short"].documents == len(numbers) - len(long)
 

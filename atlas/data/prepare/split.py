@@ -144,17 +144,22 @@ def _near_word_end(text: str, cut: int) -> int:
 def _cuts(lengths: Sequence[int], fraction: float) -> tuple[int | None, ...]:
     """Return where the held-out passage of each document begins, for documents of these lengths in characters.
 
-    A passage is the end of its document. A document too short for a passage of `_SHORTEST_PASSAGE` characters leaves
-    its share to a later one, and at most half of a document is held out.
+    A passage is the end of its document, at most half of it. A document too short for a passage of `_SHORTEST_PASSAGE`
+    characters leaves its share to a later one. What no later document can give, the longest ones give.
     """
-    all_held_out = int(sum(lengths) * fraction)
-    shortest = all_held_out // max(1, all_held_out // _SHORTEST_PASSAGE)
-    cuts: list[int | None] = []
+    owed = int(sum(lengths) * fraction)
+    shortest = owed // max(1, owed // _SHORTEST_PASSAGE)
+    passages = []
     read = held_out = 0
     for length in lengths:
         read += length
         passage = min(int(read * fraction) - held_out, length // 2)
-        is_long_enough = passage > 0 and passage >= min(shortest, length // 2)
-        cuts.append(length - passage if is_long_enough else None)
-        held_out += passage * is_long_enough
-    return tuple(cuts)
+        passages.append(passage if passage >= min(shortest, length // 2) else 0)
+        held_out += passages[-1]
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        more = min(owed - held_out, lengths[place] // 2 - passages[place])
+        passages[place] += more
+        held_out += more
+    return tuple(
+        length - passage if passage else None for length, passage in zip(lengths, passages, strict=True)
+    )
