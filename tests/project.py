@@ -29,7 +29,7 @@ model:
   vocab_size: 50257
   max_seq_len: 16
 training:
-  batch_size: 4
+  batch_size: 20
   max_steps: 44
   learning_rate: 2e-2
   warmup_steps: 3
@@ -40,7 +40,7 @@ checkpoint:
   background: false  # with updates of milliseconds a save in the background may be dropped
 """
 
-ARTICLES = [f"Town {n}\n\nTown {n} has {n + 3} mills on its river." for n in range(32)]
+ARTICLES = [f"Town {n}\n\nTown {n} has {n + 3} mills on its river." for n in range(120)]
 
 
 @dataclass(frozen=True)

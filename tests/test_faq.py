@@ -101,8 +101,7 @@ def test_preparing_the_archive(project: Project, prepared: Stage) -> None:
     assert prepared.code == 0, prepared.errors
     folder = project.folder / "data" / "processed" / "wikipedia"
     splits = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["splits"]
-    assert splits["train"]["documents"] == len(ARTICLES)
-    assert splits["val"]["documents"] > 0  # the ends of some of these few articles
+    assert splits["train"]["documents"] + splits["val"]["documents"] == len(ARTICLES)
     dataset, gpt2 = open_dataset(folder), Tokenizer.gpt2()
     texts = []
     for name in ("train", "val"):
@@ -111,8 +110,7 @@ def test_preparing_the_archive(project: Project, prepared: Stage) -> None:
         assert stream.num_tokens == splits[name]["tokens"] == len(np.load(folder / f"{name}-00000.npy"))
         assert f"{stream.num_documents:,} documents" in prepared.output
         texts += gpt2.decode(stream.read(0, stream.num_tokens).tolist()).split("<|endoftext|>")[:-1]
-    # Every article once, although the archive has each twice.
-    assert sorted(" ".join(texts).split()) == sorted(" ".join(ARTICLES).split())
+    assert sorted(texts) == sorted(ARTICLES)  # every article once, although the archive has each twice
 
 
 # How do I start training? Can I stop and resume later? When are checkpoints saved?
@@ -157,7 +155,7 @@ def test_what_is_watched_while_training(project: Project, trained: Stage) -> Non
     for line in trained.metrics:
         if line["kind"] == "train":
             assert line["perplexity"] == pytest.approx(math.exp(line["loss"]))
-            assert line["tokens_per_second"] == pytest.approx(line["steps_per_second"] * 4 * 16, rel=0.01)
+            assert line["tokens_per_second"] == pytest.approx(line["steps_per_second"] * 20 * 16, rel=0.01)
     card = trained.sidecars["atlas_step_44"]
     assert card["loss"] == trained.losses()[44]
     assert card["perplexity"] == pytest.approx(math.exp(card["loss"]))
