@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+from unicodedata import category
 
 import platformdirs
 
@@ -47,6 +48,8 @@ _CHUNK = 1 << 20
 _HELD = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 """Error codes for a lock that another process holds."""
 _LOCAL_HEADER_BYTES = 30
+_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Unicode's categories of characters that control a terminal, end a line, or cannot be written."""
 _NO_WAIT_NO_LINK = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)  # Windows has neither
 
 
@@ -265,6 +268,11 @@ def encodable(text: str) -> str:
     """Return `text` with escapes in place of lone surrogates, which UTF-8 cannot hold. In Python, a path that is not
     UTF-8 has a lone surrogate for each such byte. JSON may have lone surrogates, too."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def on_one_line(text: str) -> str:
+    """Return `text` with escapes in place of line ends, other control characters and lone surrogates."""
+    return "".join(ascii(char)[1:-1] if category(char) in _UNSEEN else char for char in text)
 
 
 def cache_folder() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from atlas.config.loader import describe
 from atlas.errors import AtlasError
 from atlas.files import local_path
 
@@ -19,8 +21,8 @@ def info(
     path: Annotated[
         str,
         typer.Argument(
-            help="A checkpoint, an output folder, a prepared dataset, a file of conversations, a tokenizer.json, a "
-            "GGUF or config file, or the name of a preset."
+            help="A checkpoint, an output folder, a prepared dataset, a file, folder or 'pattern*' of conversations, a "
+            "tokenizer.json, a GGUF or config file, or the name of a preset."
         ),
     ],
     verify: Annotated[
@@ -45,6 +47,14 @@ def info(
             metavar="NAME|FILE",
         ),
     ] = None,
+    chat_format: Annotated[
+        str | None,
+        typer.Option(help="For conversations: " + describe("data.chat_format"), metavar="NAME"),
+    ] = None,
+    on_error: Annotated[
+        str | None,
+        typer.Option(help="For conversations: " + describe("data.on_error"), metavar="stop|skip"),
+    ] = None,
     plot: Annotated[
         str | None,
         typer.Option(
@@ -67,7 +77,8 @@ def info(
                 f"--consolidate: converts a sharded checkpoint; {path} is not a checkpoint: omit --consolidate"
             )
         return info_checkpoint.consolidate(file, local_path("--consolidate", consolidate))
-    if not file.exists() and not is_checkpoint and path not in preset_names():
+    is_pattern = bool(glob.has_magic(path) and glob.glob(path, recursive=True))
+    if not (file.exists() or is_pattern or is_checkpoint or path in preset_names()):
         raise AtlasError(f"{path}: no such file or folder, and no preset ({', '.join(preset_names())})")
     if (file / "dataset.json").exists():
         from atlas.cli.info_dataset import show_dataset
@@ -77,12 +88,13 @@ def info(
         raise AtlasError(
             f"--plot: draws the document lengths of a prepared dataset; {path} is not a dataset: omit --plot"
         )
-    if not is_checkpoint and _is_of_conversations(file):
+    if not is_checkpoint and _is_of_conversations(file, chat_format):
         from atlas.cli.info_conversations import show_conversations
 
-        return show_conversations(file, tokenizer)
-    if tokenizer:
-        raise AtlasError(f"--tokenizer: is for conversations; {path} has none: omit --tokenizer")
+        return show_conversations(file, tokenizer, chat_format, on_error)
+    options = {"--tokenizer": tokenizer, "--chat-format": chat_format, "--on-error": on_error}
+    if given := next((option for option, value in options.items() if value), None):
+        raise AtlasError(f"{given}: is for conversations; {path} has none: omit {given}")
     if is_checkpoint:
         facts: Facts = info_checkpoint.checkpoint_facts(file, verify=verify)
     elif file.is_dir():
@@ -103,13 +115,13 @@ def info(
     print_facts(facts)
 
 
-def _is_of_conversations(path: Path) -> bool:
+def _is_of_conversations(path: Path, chat_format: str | None) -> bool:
     from atlas.data.sequences.conversations import holds_conversations
 
-    if not path.is_file() or path.suffix in (".gguf", ".yaml", ".yml"):
+    if path.suffix in (".gguf", ".yaml", ".yml") or (path.is_dir() and any(path.glob("*.pt"))):
         return False
     with suppress(AtlasError):
-        return holds_conversations(path)
+        return holds_conversations(path, chat_format)
     return False
 
 

@@ -15,14 +15,17 @@ from atlas.tokenizer import Tokenizer
 _SHOWN, _SHOWN_TOKENS = 3, 400
 
 
-def show_conversations(path: Path, tokenizer: str | None) -> None:
-    """Print how the conversations of a file are understood, and the first of them. Learnt text is green or, without
-    colours, between « and »."""
+def show_conversations(
+    path: Path, tokenizer: str | None, chat_format: str | None, on_error: str | None
+) -> None:
+    """Print how the conversations of a file, a folder or a pattern are understood, and the first of them. Learnt text
+    is green or, without colours, between « and »."""
     from rich.console import Console
     from rich.text import Text
 
     encoder = Tokenizer.resolve(tokenizer) if tokenizer else Tokenizer.gpt2()
-    chats, _, notes = read_conversations(path, encoder, val_fraction=0.0)
+    how = {"chat_format": chat_format, "on_error": on_error}
+    chats, _, notes = read_conversations(path, encoder, val_fraction=0.0, **how)
     console = Console(highlight=False, soft_wrap=True)
     for note in notes:
         console.print(printable(note), markup=False)

@@ -10,16 +10,15 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from unicodedata import category
 
 import typer
 
 from atlas.cli.choose_text import somebody_can_answer
+from atlas.files import on_one_line
 
 USER_MISTAKE = 2
 """The exit code for a user's mistake."""
 _LONGEST_LINE = 2000
-_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def ask_or_none() -> Callable[[str], bool] | None:
@@ -52,8 +51,7 @@ def printable(text: str) -> str:
     Control characters and unpaired surrogates, for example from an untrusted file, become escapes. Characters beyond
     the first `_LONGEST_LINE` are cut off.
     """
-    shown = "".join(ascii(c)[1:-1] if category(c) in _UNSEEN else c for c in text[:_LONGEST_LINE])
-    return shown + ("…" if len(text) > _LONGEST_LINE else "")
+    return on_one_line(text[:_LONGEST_LINE]) + ("…" if len(text) > _LONGEST_LINE else "")
 
 
 def figure(value: float) -> str:

@@ -14,6 +14,7 @@ from pyarrow import parquet
 
 from atlas.cli import main
 from atlas.data.sequences.conversations import holds_conversations, read_conversations
+from atlas.data.sequences.open import resolve_data
 from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
 from tests.archive import documents_of, write_zip
@@ -96,7 +97,7 @@ def test_a_few_rows_without_an_answer_are_named_and_left_out(tmp_path: Path) -> 
     path = write(tmp_path / "a.jsonl", lines(rows))
     chats, _, notes = read_conversations(path, Tokenizer.gpt2(), val_fraction=0)
     assert len(chats.ends) == 6
-    assert "2 rows or files cannot be read and are left out:" in notes
+    assert "2 rows or files are left out as unreadable:" in notes
     assert f"{path} line 7: has no answer" in notes
     with pytest.raises(AtlasError, match="line 7: has no answer"):
         read_conversations(path, Tokenizer.gpt2(), val_fraction=0, on_error="stop")
@@ -151,3 +152,36 @@ def test_a_folder_of_mostly_texts_is_no_folder_of_conversations(tmp_path: Path) 
     write(tmp_path / "chat.jsonl", lines(ROWS))
     write(tmp_path / "a.txt", "Prose. " * 1000)
     assert not holds_conversations(tmp_path)
+
+
+def test_the_first_rows_decide_not_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('null\n{"cut": \n{"note": "made by hand"}\n' + lines(ROWS * 2), encoding="utf-8")
+    assert holds_conversations(path)
+    chats, _, notes = read_conversations(path, Tokenizer.gpt2(), val_fraction=0.0)
+    assert len(chats.ends) == 12
+    assert "3 rows or files are left out as unreadable:" in notes
+
+
+def test_names_of_fields_may_have_capitals(tmp_path: Path) -> None:
+    rows = [{"Question": row["question"], "Answer": row["answer"]} for row in PAIRS]
+    chats, _, _ = read_conversations(as_csv(tmp_path / "a.csv", rows), Tokenizer.gpt2(), val_fraction=0.0)
+    plain, _, _ = read_conversations(as_csv(tmp_path / "b.csv", PAIRS), Tokenizer.gpt2(), val_fraction=0.0)
+    assert chats.fingerprint == plain.fingerprint
+
+
+def test_a_layout_for_a_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(AtlasError, match=r"data\.chat_format alpaca: .* holds no conversations"):
+        resolve_data(tmp_path / "a.txt", chat_format="alpaca")
+
+
+def test_info_shows_a_folder_and_a_pattern_of_chats(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    in_folder(tmp_path)
+    for place in (tmp_path, tmp_path / "**" / "*.json*"):
+        assert main(["info", str(place), "--chat-format", "openai", "--on-error", "stop"]) == 0
+        assert "6 conversations to train on" in capsys.readouterr().out
+    assert main(["info", str(tmp_path / "README.md"), "--chat-format", "openai"]) == 2
+    assert "--chat-format: is for conversations" in capsys.readouterr().err

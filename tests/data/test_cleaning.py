@@ -6,6 +6,8 @@ import json
 import random
 import subprocess
 import sys
+import time
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -257,3 +259,15 @@ require_datasketch()
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert 'pip install "atlas-llm[dedup]"' in run.stderr
+
+
+@pytest.mark.parametrize("marks", ["\u0301\u0323", "\U00011046\U000110ba"])
+def test_a_million_marks_on_a_letter_take_linear_time(marks: str) -> None:
+    start = time.process_time()
+    assert len(Cleaning(("nfc",)).clean("a" + marks * 500_000)[0]) >= 1_000_000
+    assert time.process_time() - start < 60  # ordered by the library alone: more than an hour
+
+
+@given(st.text("aeo\u0301\u0323\u0327\u05b0\u0915\u093c각\U000110a5\U000110ba", max_size=30))
+def test_with_few_marks_the_text_is_in_nfc(text: str) -> None:
+    assert Cleaning(("nfc",)).clean(text)[0] == unicodedata.normalize("NFC", text)

@@ -566,7 +566,7 @@ def test_plain_text_is_prepared_once(text_file: Path) -> None:
     assert data.val is not None
     assert data.tokenizer.name == "gpt2"
     assert 0.08 < data.val.num_tokens / (data.train.num_tokens + data.val.num_tokens) < 0.12
-    assert any("1 documents are too few" in note for note in data.notes)
+    assert any("1 document: too few" in note for note in data.notes)
     made = (data.train.folder / MANIFEST).stat().st_mtime_ns
     again = resolve_data(text_file, val_fraction=0.1)
     assert again.train.folder == data.train.folder

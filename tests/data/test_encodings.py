@@ -46,7 +46,7 @@ def test_a_text_is_decoded_in_the_encoding_that_its_bytes_show(encoding: str, tm
     sources = Sources([tmp_path])
     assert whole(sources.documents(report)) == [text]
     assert not report.undecodable
-    assert any("are not UTF-8, and were decoded as" in note for note in sources.notes(report))
+    assert any(": not UTF-8; decoded as" in note for note in sources.notes(report))
 
 
 def test_rows_are_decoded_too(tmp_path: Path) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import bz2
 import csv
 import gzip
+import html
 import io
 import json
 import lzma
+import re
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +27,7 @@ from atlas.data.text.documents import Reading
 from atlas.data.text.report import SourceReport
 from atlas.data.text.sources import Sources
 from atlas.errors import AtlasError
-from tests.archive import documents_of, write_folder, write_zip
+from tests.archive import documents_of, whole, write_folder, write_zip
 
 PAGE = """<!DOCTYPE html>
 <html><head><title>Not text</title><style>p {color: red}</style><script>let x = "<p>no</p>";</script></head>
@@ -72,8 +75,8 @@ def epub(**chapters: str) -> bytes:
         '<container xmlns="urn:oasis:names:tc:opendocument:xmlns:container"><rootfiles>'
         '<rootfile full-path="OEBPS/book.opf"/></rootfiles></container>'
     )
-    with zipfile.ZipFile(content, "w") as book:
-        book.writestr("mimetype", "application/epub+zip")
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as book:
+        book.writestr("mimetype", "application/epub+zip", zipfile.ZIP_STORED)
         book.writestr("META-INF/container.xml", container)
         book.writestr("OEBPS/book.opf", package)
         for name in sorted(chapters):
@@ -222,7 +225,7 @@ def test_a_dataset_repository_gives_its_rows(tmp_path: Path) -> None:
     sources = Sources([write_folder(tmp_path / "in", files)])
     assert [file.basename for file in sources.files] == ["train.json"]
     [note] = sources.notes(SourceReport())
-    assert note.startswith("2 files are left out, 0.00 MB: no rows, beside files of rows (")
+    assert re.match(r"2 files are left out, [\d.]+ kB: no rows, beside files of rows \(", note)
     assert "README.md" in note
     assert "LICENSE" in note
 
@@ -248,7 +251,7 @@ def test_more_than_a_tenth_left_out_is_refused_with_the_options_that_do_it(
     command = ["prepare", "--input", str(folder), "--output", str(tmp_path / "out")]
     assert main(command) == 2
     said = capsys.readouterr().err
-    assert "1 file is left out, 0.00 MB: a picture" in said
+    assert "1 file is left out, 2.0 kB: a picture" in said
     assert "61% of the bytes are in files that Atlas does not read" in said
     assert "--exclude '*.png'" in said
     assert main([*command, "--exclude", "*.png"]) == 0
@@ -294,7 +297,7 @@ def test_a_few_bad_rows_are_left_out_and_named(tmp_path: Path) -> None:
         f"{path} line 201: is not JSON: Expecting value at character 10; every line must be one JSON object"
     )
     assert summary.notes[-2:] == [
-        f"1 row or file cannot be read and are left out, see {tmp_path}/out/left_out.txt:",
+        f"1 row or file is left out as unreadable, see {tmp_path}/out/left_out.txt:",
         reason,
     ]
     assert (tmp_path / "out" / "left_out.txt").read_text() == reason + "\n"
@@ -463,3 +466,58 @@ def test_elements_that_never_end_are_refused(opening: str, tmp_path: Path) -> No
     (tmp_path / "a.html").write_text(f"<html>{'</div>' * 50_000}{opening * 50_000}words", encoding="utf-8")
     with pytest.raises(AtlasError, match="more than 2,000 open elements"):
         documents_of(tmp_path / "a.html")
+
+
+def test_an_element_with_very_many_attributes_is_refused(tmp_path: Path) -> None:
+    attributes = " ".join(f"a{n}=1" for n in range(100_000))
+    (tmp_path / "a.html").write_text(f"<html><p {attributes}>words</p>", encoding="utf-8")
+    with pytest.raises(AtlasError, match="more than 5,000 attributes"):
+        documents_of(tmp_path / "a.html")
+    picture = f'<img src="data:image/png;base64,{"A B" * 20_000}"><p>words</p>'
+    (tmp_path / "a.html").write_text(f"<html>{picture}", encoding="utf-8")
+    assert documents_of(tmp_path / "a.html") == ["words"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_a_page_with_a_unicode_mark(encoding: str, tmp_path: Path) -> None:
+    page = '<html><head><meta charset="iso-8859-1"></head><body><p>Größe</p><p>x</p></body></html>'
+    (tmp_path / "a.html").write_bytes(page.encode(encoding))
+    assert documents_of(tmp_path / "a.html") == ["Größe\n\nx"]
+
+
+def dump_of(*pages: str) -> str:
+    written = "".join(
+        f"<page><title>Page {number}</title><ns>0</ns><revision><text>{html.escape(page)}</text></revision></page>"
+        for number, page in enumerate(pages)
+    )
+    return f"<mediawiki>{written}</mediawiki>"
+
+
+def test_a_page_of_a_wiki_with_many_references_takes_little_time(tmp_path: Path) -> None:
+    page = "Text<ref name='a'>note</ref> and [[File:a.png|thumb|a [[picture]]]]links. " * 5000
+    (tmp_path / "a.xml").write_text(dump_of(page), encoding="utf-8")
+    start = time.process_time()
+    [document] = documents_of(tmp_path)
+    assert document.startswith("Page 0\n\nText and links. Text and links.")
+    assert "note" not in document
+    assert "thumb" not in document
+    assert time.process_time() - start < 30  # quadratic: minutes
+
+
+@pytest.mark.parametrize("opening", ["{{a|", "[http://a.b ", "<div a=b ", "{|\n", "[[a|"])
+def test_a_page_of_a_wiki_with_very_many_open_brackets_is_left_out(opening: str, tmp_path: Path) -> None:
+    pages = [f"An article about {n}." for n in range(6)]
+    (tmp_path / "a.xml").write_text(dump_of(*pages, opening * 5000), encoding="utf-8")
+    report = SourceReport()
+    found = whole(Sources([tmp_path]).documents(report))
+    assert found == [f"Page {n}\n\n{page}" for n, page in enumerate(pages)]
+    [fault] = report.faults
+    assert "page 'Page 6': has more than 500 brackets or tags that do not end" in fault
+
+
+def test_a_book_that_unpacks_to_very_much_is_a_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atlas.data.text.archives.RATIO_FREE_BYTES", 100_000)
+    chapters = {f"c{n}": f"<p>{'la ' * 300_000}{n}</p>" for n in range(12)}
+    (tmp_path / "a.epub").write_bytes(epub(**chapters))
+    with pytest.raises(AtlasError, match="--trust-archives"):
+        documents_of(tmp_path / "a.epub")

@@ -161,8 +161,8 @@ def test_the_end_of_a_few_documents_is_held_out(tmp_path: Path) -> None:
     assert train[:9] == list(names.values())[:9]
     assert train[9] + val[0] == names["9.txt"]
     assert (
-        "10 documents are too few to hold out some of them: instead, the last 5 % of each document are held out for "
-        "validation" in summary.notes
+        "10 documents: too few to hold out some of them; instead, the ends of documents, 5 % of the characters, are "
+        "held out for validation" in summary.notes
     )
     # Cut between two words: no token differs from those of the whole.
     last = Tokenizer.gpt2().encode(names["9.txt"])

@@ -9,6 +9,7 @@ import random
 import re
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -259,7 +260,7 @@ def test_a_file_of_the_archive_without_a_title_is_plain_text(name: str, content:
     sources, report = Sources([folder]), SourceReport()
     list(sources.documents(report))
     [note] = sources.notes(report)
-    assert note.startswith("1 files are named like those of the Kaggle archive, but hold no title")
+    assert note.startswith("1 file named like those of the Kaggle archive, but without a title")
 
 
 def test_each_untitled_part_is_a_document(tmp_path: Path) -> None:
@@ -335,7 +336,7 @@ def test_rows_are_documents(tmp_path: Path) -> None:
         ("[1]", "line 3: is an array, not an object"),
         (
             '{"body": "x", "id": 1}',
-            "line 3: has no field 'text' (fields: body, id); name the field of the text with atlas",
+            "line 3: has no field 'text' (fields: body, id); name the field of the text, for example with atlas",
         ),
         ('{"text": 7}', "line 3: field 'text' is a number, not text; name the field"),
     ],
@@ -419,3 +420,55 @@ def test_decoding_does_not_depend_on_how_the_bytes_arrive(content: bytes, size: 
     with contextlib.suppress(UnicodeDecodeError):
         expected = content.decode("utf-8-sig")
         assert found == expected or b"\0" in content or b"\x1b" in content
+
+
+def notes_of(path: Path, **options: Any) -> list[str]:
+    """The notes on a text that is read to its end."""
+    report, sources = SourceReport(), Sources([path], **options)
+    for _ in sources.documents(report):
+        pass
+    return sources.notes(report)
+
+
+def test_what_has_no_effect_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").write_text("")
+    assert notes_of(
+        tmp_path,
+        include=["*.txt", "*.md"],
+        exclude=["*.css"],
+        reading=Reading("body", names_text_field=True, separator="###"),
+    ) == [
+        "*.css: no file of a folder or an archive matches it",
+        "*.md: no file of a folder or an archive matches it",
+        f"1 empty file ({tmp_path}/b.txt)",
+        "--text-field body: has no effect, since no file has rows",
+        "--separator was not found in 2 files; each is one document",
+    ]
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    (rows / "c.jsonl").write_text('{"text": "a"}\n{"text": " "}\n{"text": null}\n')
+    assert notes_of(rows, reading=Reading(separator="line")) == [
+        "--separator line: has no effect, since no file is plain text",
+        "JSON lines (.jsonl): 2 rows without text",
+    ]
+
+
+def test_the_likely_field_is_proposed(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"id": "7", "Body Text": "A long text.", "n": 1}\n')
+    with pytest.raises(
+        AtlasError, match=r"has no field 'text' .* for example with .*--text-field 'Body Text'"
+    ):
+        documents_of(tmp_path / "a.jsonl")
+
+
+def test_a_mark_is_no_part_of_a_text_whose_encoding_is_named(tmp_path: Path) -> None:
+    for named, written in (("UTF8", "utf-8-sig"), ("utf-16-le", "utf-16"), ("utf-8-sig", "utf-8-sig")):
+        (tmp_path / "a.txt").write_bytes("ab".encode(written))
+        assert documents_of(tmp_path, reading=Reading(encoding=named)) == ["ab"]
+
+
+def test_two_empty_lines_in_code_are_no_hint(tmp_path: Path) -> None:
+    for name, hints in (("a.py", 0), ("a.txt", 1)):
+        (tmp_path / name).write_text("def f():\n    pass\n\n\n" * 20)
+        assert len([note for note in notes_of(tmp_path / name) if "--separator" in note]) == hints

@@ -1,7 +1,8 @@
 """The cleaning of documents before tokenization. Each step has a name and can be left out. Atlas counts the changes of
 each step.
 
-    nfc          Unicode in its composed form (NFC, UAX #15), so that one word has one spelling
+    nfc          Unicode in its composed form (NFC, UAX #15), so that one word has one spelling; beyond 30 marks on
+                 one letter, marks keep their order (the limit of UAX #15's Stream-Safe Text Format)
     control      control characters other than tab and line ends are removed, with the complete escape sequences of
                  terminals (ECMA-48); form feeds and other separators of lines become line ends
     whitespace   line ends become \\n; blanks at a line's end are removed; consecutive blanks inside a line become
@@ -14,12 +15,12 @@ cleaning. With `near_dedup`, Atlas also leaves out near-duplicates of earlier do
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from atlas.errors import DataError
 
@@ -34,6 +35,7 @@ _CONTROL_BYTES = bytes(byte for byte in [*range(0x20), 0x7F] if byte not in b"\t
 _BLANKS_AT_LINE_END = re.compile(r"(?<![ \t])[ \t]+(?=\n)")
 _BLANKS_INSIDE_LINE = re.compile(r"(?<=\S)[ \t]{2,}(?=\S)")
 _EMPTY_LINES = re.compile(r"\n{4,}")
+_MOST_MARKS, _PLACES_OF_MARKS, _ASTRAL = 30, range(0x300, 0x1F000), "\U00010000"
 _BEFORE = "\ufffc"  # a character that is not white space and combines with no other character
 
 
@@ -74,6 +76,27 @@ class Cleaning:
         return text, changes
 
 
+def _compose(text: str) -> str:
+    """Return the text in NFC. The library orders the marks on a letter in quadratic time, so that a million of them
+    would take hours."""
+    if text.isascii():
+        return text
+    many, beyond = _marks()
+    parts = beyond.split(text) if any(pattern.search(text) for pattern in many) else [text]
+    return "".join(unicodedata.normalize("NFC", part) for part in parts)
+
+
+@functools.cache
+def _marks() -> tuple[list[re.Pattern[str]], re.Pattern[str]]:
+    """Return patterns of what may be a letter with too many combining marks, and one for the places after each mark
+    beyond the limit. A set of characters is searched fast only within the first 65,536."""
+    marks = [*filter(unicodedata.combining, map(chr, _PLACES_OF_MARKS))]
+    first, all_marks = f"[{''.join(mark for mark in marks if mark < _ASTRAL)}]", f"[{''.join(marks)}]"
+    astral = f"[{_ASTRAL}-{marks[-1]}]"
+    many = [re.compile(f"{kind}{kind}{{{_MOST_MARKS}}}") for kind in (first, astral)]
+    return many, re.compile(f"(?={all_marks})(?<={all_marks}{{{_MOST_MARKS}}})")
+
+
 def _drop_control(text: str) -> str:
     content = text.encode()  # testing the bytes takes a tenth of the time of `sub`
     if b"\xc2" not in content and len(content.translate(None, _CONTROL_BYTES)) == len(content):
@@ -97,7 +120,7 @@ def _tidy_whitespace(text: str) -> str:
 
 
 _TEXT_STEPS: dict[str, Callable[[str], str]] = {
-    "nfc": partial(unicodedata.normalize, "NFC"),
+    "nfc": _compose,
     "control": _drop_control,
     "whitespace": _tidy_whitespace,
 }

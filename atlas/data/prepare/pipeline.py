@@ -35,11 +35,11 @@ from atlas.data.prepare.workspace import (
 from atlas.data.shards import FORMAT_VERSION, Manifest, PreparedDataset, open_dataset, token_dtype
 from atlas.data.text.files import is_url
 from atlas.data.text.hashes import hashes_of
-from atlas.data.text.report import SourceReport
+from atlas.data.text.report import SourceReport, counted
 from atlas.data.text.sources import Reading, Sources
 from atlas.data.text.stdin import spooled_standard_input
 from atlas.errors import AtlasError, DataError
-from atlas.files import cache_folder, explain_failed_write, local_path
+from atlas.files import cache_folder, explain_failed_write, local_path, on_one_line
 from atlas.outputs import place_of
 from atlas.progress import byte_progress, notify
 from atlas.tokenizer import STORED_AS_FILE, Tokenizer
@@ -295,9 +295,7 @@ class _Preparation:
         if missing := [*sources.choice.names_with_reasons(), *report.faults]:
             if unnamed := report.num_faults - len(report.faults):
                 missing.append(f"and {unnamed:,} more rows or files that cannot be read")
-            (folder / LEFT_OUT).write_text(
-                "".join(f"{line}\n" for line in missing), "utf-8", "backslashreplace"
-            )
+            (folder / LEFT_OUT).write_text("".join(f"{on_one_line(line)}\n" for line in missing), "utf-8")
         facts = {"content_key": sources.content_key, "roots": roots_to_keep(sources)}
         notes = [*sources.notes(report), *self._notes(splits, rule, tokenizer)]
         notes += report.fault_notes(f", see {output / LEFT_OUT}")
@@ -382,10 +380,10 @@ class _Preparation:
         if wanted and tokenizer.vocab_size < wanted:
             yield f"the text is too small for {wanted:,} tokens: the vocabulary has {tokenizer.vocab_size:,}"
         if rule.cuts is not None:
-            of = "each document" if len(rule.cuts) > 1 else "the text"
+            of = "the ends of documents, " if len(rule.cuts) > 1 else "the end of the text, "
             yield (
-                f"{len(rule.cuts):,} documents are too few to hold out some of them: instead, "
-                f"the last {100 * rule.val_fraction:.3g} % of {of} are held out for validation"
+                f"{counted(len(rule.cuts), 'document')}: too few to hold out some of them; instead, {of}"
+                f"{100 * rule.val_fraction:.3g} % of the characters, are held out for validation"
             )
         if rule.val_fraction and "val" not in splits:
             yield "nothing was held out for validation: too little text for this --val-fraction"

@@ -33,6 +33,8 @@ def what_changed(
         *_tokenizer_difference(manifest, tokenizer, options["train_tokenizer"]),
         *(f"{name} was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]),
     ]
+    if not differences and manifest.source.get("faults") and sources.reading.on_error == "stop":
+        differences = ["it lacks what cannot be read, at which --on-error stop ends"]
     return [f"{output} is rebuilt: {difference}" for difference in differences or ["it is damaged"]]
 
 

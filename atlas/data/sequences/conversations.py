@@ -32,6 +32,7 @@ from atlas.data.text.formats.decode import replace_undecodable
 from atlas.data.text.formats.rows import Row
 from atlas.data.text.formats.sniff import ROW_ENDINGS, ROWS
 from atlas.data.text.report import SourceReport, TooManyFaultsError
+from atlas.data.text.search import PATTERN
 from atlas.data.text.selection import is_about, kind_of_rows, refuse_conversations
 from atlas.data.text.sources import Sources
 from atlas.errors import DataError
@@ -82,7 +83,7 @@ def holds_conversations(path: str | Path, chat_format: str | None = None) -> boo
     """Return whether the rows of a file, or most of the text in a folder, are conversations. `chat_format` is the
     layout that the user named.
 
-    Raises `DataError` if the first row has both a text and a list of messages, and the user named no layout.
+    Raises `DataError` if one of the first rows has both a text and a list of messages, and the user named no layout.
     """
     if is_prepared(path) or not _may_hold_rows(path):
         return False
@@ -102,7 +103,7 @@ def _may_hold_rows(path: str | Path) -> bool:
     """Return whether a path can have rows, without a look into each of many files of a folder."""
     if not Path(path).is_dir():
         return Path(path).is_file() or bool(
-            glob.has_magic(str(path)) and glob.glob(str(path), recursive=True)
+            PATTERN.search(str(path)) and glob.glob(str(path), recursive=True)
         )
     return any(ROW_ENDINGS.search(name.lower()) for name, _ in files_below(str(path), Skipped()))
 

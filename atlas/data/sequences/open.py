@@ -87,7 +87,13 @@ def resolve_data(
     train: Stream
     val: Stream | None
     held_out = val_fraction if val_data is None else 0.0
-    if holds_conversations(train_data, chat_format):
+    has_conversations = holds_conversations(train_data, chat_format)
+    if chat_format is not None and not has_conversations:
+        raise DataError(
+            f"data.chat_format {chat_format}: {train_data} holds no conversations in a known layout; omit it "
+            "to train on the text"
+        )
+    if has_conversations:
         tokenizer = tokenizer or Tokenizer.gpt2()
         train, val, notes = read_conversations(
             train_data, tokenizer, val_fraction=held_out, chat_format=chat_format, on_error=on_error
@@ -112,8 +118,9 @@ def resolve_data(
         train, val = replace(dataset.train, name=str(train_data)), dataset.split("val")
         fingerprint = dataset.fingerprint
     if val_data is not None:
+        layout = chat_format if holds_conversations(val_data, chat_format) else None
         other = resolve_data(
-            val_data, tokenizer=tokenizer, val_fraction=0.0, chat_format=chat_format, on_error=on_error
+            val_data, tokenizer=tokenizer, val_fraction=0.0, chat_format=layout, on_error=on_error
         )
         val = other.val or other.train
     return ResolvedData((train,), (1.0,), (val,) if val else (), tokenizer, fingerprint, notes)
@@ -137,16 +144,21 @@ def resolve_mixture(
     prepared = next((part.path for part in mixture if is_prepared(part.path)), None)
     if tokenizer is None and prepared is not None:
         tokenizer = open_dataset(prepared).tokenizer()
+    holding = [holds_conversations(part.path, chat_format) for part in mixture]
+    if chat_format is not None and not any(holding):
+        raise DataError(
+            f"data.chat_format {chat_format}: no part of data.mixture has rows of conversations; omit it"
+        )
     parts = [
         resolve_data(
             part.path,
             val_data,
             tokenizer=tokenizer,
             val_fraction=val_fraction,
-            chat_format=chat_format,
+            chat_format=chat_format if has_chats else None,
             on_error=on_error,
         )
-        for part in mixture
+        for part, has_chats in zip(mixture, holding, strict=True)
     ]
     total = sum(part.weight for part in mixture)
     weights = tuple(part.weight / total for part in mixture)

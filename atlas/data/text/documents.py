@@ -6,6 +6,7 @@ import functools
 import io
 import itertools
 import json
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from atlas.data.text.archives import BombError
 from atlas.data.text.files import Advance, TextFile, is_url, open_root
 from atlas.data.text.formats import markup, mediawiki, rows, separators, tables
 from atlas.data.text.formats.chats import has_messages
+from atlas.data.text.formats.code import is_code_name
 from atlas.data.text.formats.decode import (
     Decoding,
     Piece,
@@ -116,7 +118,10 @@ class Group:
 def _text(file: TextFile, reading: Reading, report: SourceReport, advance: Advance) -> Iterator[str]:
     """Yield the decoded text of a file in chunks."""
     how = Decoding(
-        file.name, reading.encoding, partial(report.add_undecodable, file.name), report.add_encoding
+        file.name,
+        reading.encoding,
+        partial(report.add_undecodable, file.name),
+        partial(report.add_encoding, file.name),
     )
     with file.open(advance) as stream:
         yield from read_text(stream, how)
@@ -131,13 +136,16 @@ def _text_documents(
     separator = separators.parse(reading.separator) if reading.separator else separators.find(beginning)
     all_chunks = itertools.chain(sample, chunks)
     if separator is None:
-        if hint := separators.hint_at(beginning):
+        if (hint := separators.hint_at(beginning)) and not is_code_name(file.basename):
             report.hints.setdefault(hint, file.name)
         yield from as_document(all_chunks)
         return
     found = Boundaries()
     yield from separators.split_documents(all_chunks, separator, found)
-    report.add_boundaries(separator.name, found)
+    if found.gaps:
+        report.add_boundaries(separator.name, found)
+    else:
+        report.unseparated += 1
 
 
 def _articles(
@@ -163,8 +171,11 @@ def _extracted(file: TextFile, reading: Reading, report: SourceReport, advance: 
 
 
 def _dump(file: TextFile, reading: Reading, report: SourceReport, advance: Advance) -> Iterator[Piece]:
+    def on_bad(error: DataError) -> None:
+        report.add_fault(error, reading.on_error)
+
     with file.open(advance) as stream:
-        for article in mediawiki.dump_articles(stream, file.name):
+        for article in mediawiki.dump_articles(stream, file.name, on_bad):
             yield from as_document([article])
 
 
@@ -192,8 +203,14 @@ def _pdf_text(file: TextFile, _written: object) -> str:
 def _epub(file: TextFile, reading: Reading, report: SourceReport, advance: Advance) -> Iterator[Piece]:
     with file.open(advance) as stream:
         content = io.BytesIO(markup.read_book(stream, file.name))
-    chapters = markup.epub_chapters(content, file.name)
-    yield from as_document(f"\n\n{chapter}" if number else chapter for number, chapter in enumerate(chapters))
+    on_unpacked = file.unpack_counter()
+
+    def text() -> Iterator[str]:
+        for number, chapter in enumerate(markup.epub_chapters(content, file.name)):
+            on_unpacked(len(chapter))
+            yield f"\n\n{chapter}" if number else chapter
+
+    yield from as_document(text())
 
 
 _READERS: dict[Format, Callable[..., Iterator[Piece]]] = {
@@ -246,7 +263,7 @@ def _row_texts(file: TextFile, reading: Reading, report: SourceReport, advance: 
     """Yield the text of each row."""
     texts = _column_texts if file.format in ("parquet", "arrow") else _field_texts
     for text in texts(file, reading, report, advance):
-        if text is None:
+        if text is None or not text or text.isspace():
             report.empty_rows[file.kind] += 1
         else:
             yield replace_undecodable(text, partial(report.add_undecodable, file.name))
@@ -275,8 +292,8 @@ def _text_of(row: Row, reading: Reading) -> str | None:
         )
     if text_field not in value:
         raise DataError(
-            f"{place}: has no field {text_field!r} (fields: {shown_names(sorted(value))}); name the field of the text "
-            "with atlas prepare --text-field"
+            f"{place}: has no field {text_field!r} (fields: {shown_names(sorted(value))}); name the field of the text, "
+            f"for example with atlas prepare --text-field {_likely_field(value)}"
         )
     if not reading.names_text_field and has_messages(value):
         raise DataError(f"{place}: has {BOTH}; name the field of the text with atlas prepare --text-field")
@@ -287,6 +304,12 @@ def _text_of(row: Row, reading: Reading) -> str | None:
             "--text-field, or remove the row"
         )
     return text
+
+
+def _likely_field(row: dict[str, Any]) -> str:
+    """Return the name of the field that probably holds the text: the one with the longest string."""
+    lengths = {name: len(value) for name, value in row.items() if isinstance(value, str)}
+    return shlex.quote(max(lengths, key=lambda name: lengths[name])) if lengths else "NAME"
 
 
 def json_name(value: object) -> str:

@@ -25,6 +25,16 @@ _KINDS_SHOWN, BOUNDARIES_SHOWN, _FAULTS_SHOWN = 10, 3, 10
 _DETAIL = re.compile(r"'[^']*'|[\d,]+")
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, such as `1 file` or `2 files`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def megabytes(size: int) -> str:
+    """Return a size in bytes as text in MB, or in kB if it is below 0.1 MB."""
+    return f"{size / 1e6:,.2f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
+
+
 class TooManyFaultsError(DataError):
     """More rows or files cannot be read than may be left out."""
 
@@ -36,12 +46,16 @@ class SourceReport(BaseModel):
     """Number of bytes that were replaced by U+FFFD, by file name."""
     encodings: Counter[str] = Field(default_factory=Counter)
     """Number of files in each encoding that Atlas recognised, besides UTF-8."""
+    encoded: dict[str, str] = Field(default_factory=dict)
+    """Encoding → the first file in it."""
     empty_rows: Counter[str] = Field(default_factory=Counter)
     """Number of rows without text, by kind of file."""
     documents: Counter[str] = Field(default_factory=Counter)
     """Number of documents, by kind of file."""
     separators: Counter[str] = Field(default_factory=Counter)
     """Number of documents that each separator gave."""
+    unseparated: int = 0
+    """Number of files in which the separator that the user named was not found."""
     boundaries: list[str] = Field(default_factory=list)
     """The first boundaries between documents, for the user to check."""
     hints: dict[str, str] = Field(default_factory=dict)
@@ -61,20 +75,23 @@ class SourceReport(BaseModel):
         for name, count in self.undecodable.items():
             yield f"{name}: {count:,} bytes cannot be decoded and were replaced by U+FFFD"
         for kind, count in self.empty_rows.items():
-            yield f"{kind}: {count:,} rows have no text"
+            yield f"{kind}: {counted(count, 'row')} without text"
         for encoding, count in self.encodings.items():
-            yield f"{count:,} files are not UTF-8, and were decoded as {encoding}"
+            which = self.encoded[encoding] if count == 1 else f"{count:,} files ({self.encoded[encoding]} …)"
+            yield f"{which}: not UTF-8; decoded as {encoding}"
         for separator, count in self.separators.items():
-            yield f"{count:,} documents, separated by {separator}"
+            yield f"{counted(count, 'document')}, separated by {separator}"
+        if self.unseparated:
+            yield f"--separator was not found in {counted(self.unseparated, 'file')}; each is one document"
         yield from (f"boundary: {boundary}" for boundary in self.boundaries)
         yield from (f"{name}: is read as one document; {hint}" for hint, name in self.hints.items())
         if self.untitled:
             yield (
-                f"{self.untitled:,} files are named like those of the Kaggle archive, but hold no title: each is read "
-                "as plain text"
+                f"{counted(self.untitled, 'file')} named like those of the Kaggle archive, but without a title: each "
+                "is read as plain text"
             )
         if articles := self.articles:
-            yield f"{articles.articles:,} articles, separated by {articles.rule}"
+            yield f"{counted(articles.articles, 'article')}, separated by {articles.rule}"
             yield from (f"boundary: {boundary}" for boundary in articles.boundaries)
             warnings = (articles.doubt and f"{articles.doubt}: look at the boundaries", articles.warning)
             yield from (f"warning: {warning}" for warning in warnings if warning)
@@ -84,6 +101,8 @@ class SourceReport(BaseModel):
         for counts in ("undecodable", "encodings", "empty_rows", "documents", "separators"):
             getattr(self, counts).update(getattr(other, counts))
         self.hints = other.hints | self.hints
+        self.encoded = other.encoded | self.encoded
+        self.unseparated += other.unseparated
         self.boundaries = [*self.boundaries, *other.boundaries][:BOUNDARIES_SHOWN]
         self.faults = [*self.faults, *other.faults][:MOST_NAMED]
         self.num_faults += other.num_faults
@@ -98,17 +117,18 @@ class SourceReport(BaseModel):
         """Yield the number of rows and files that cannot be read, and the first of them. `where` says where all are
         named."""
         if self.faults:
-            what = "row or file" if self.num_faults == 1 else "rows or files"
-            yield f"{self.num_faults:,} {what} cannot be read and are left out{where}:"
+            what = "row or file is" if self.num_faults == 1 else "rows or files are"
+            yield f"{self.num_faults:,} {what} left out as unreadable{where}:"
             yield from self.faults[:_FAULTS_SHOWN]
 
     def add_undecodable(self, name: str, count: int) -> None:
         """Count bytes of a file that were replaced by U+FFFD."""
         self.undecodable[name] += count
 
-    def add_encoding(self, encoding: str) -> None:
+    def add_encoding(self, name: str, encoding: str) -> None:
         """Count a file whose encoding Atlas recognised."""
         self.encodings[encoding] += 1
+        self.encoded.setdefault(encoding, name)
 
     def add_boundaries(self, separator: str, found: Boundaries) -> None:
         """Record how a file was separated."""
@@ -143,16 +163,18 @@ class SourceReport(BaseModel):
 
     def _refuse(self) -> NoReturn:
         """Print one fault of each kind, and raise `DataError`."""
-        skip = "leave them out with --on-error skip"
+        skip = "leave them out with --on-error skip" if self.documents.total() else "nothing else was read"
         kinds = {_DETAIL.sub("", fault.partition(": ")[2]): fault for fault in reversed(self.faults)}
         if self.num_faults == 1:
             raise TooManyFaultsError(self.faults[0])
         if len(kinds) == 1:
+            more = self.num_faults - 1
             raise TooManyFaultsError(
-                f"{self.faults[0]} ({self.num_faults - 1:,} more such rows or files; {skip})"
+                f"{self.faults[0]} ({more:,} more such {'row or file' if more == 1 else 'rows or files'}; {skip})"
             )
         for fault in [*reversed(kinds.values())][:_KINDS_SHOWN]:
             notify(fault)
+        or_skip = f", or {skip}" if self.documents.total() else ""
         raise TooManyFaultsError(
-            f"{self.num_faults:,} rows or files cannot be read (one of each kind above); correct them, or {skip}"
+            f"{self.num_faults:,} rows or files cannot be read (one of each kind above); correct them{or_skip}"
         )

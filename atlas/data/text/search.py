@@ -60,7 +60,9 @@ class Search:
     ) -> None:
         """The arguments are those of `Sources`."""
         self.reading = reading
-        self._include, self._exclude = include, exclude
+        self._include, self._exclude = {*include}, {*exclude}
+        self.unmatched = self._include | self._exclude
+        """The user's patterns that no file of a folder or an archive matched so far."""
         self._conversations, self._trust, self._stdin = conversations, trust_archives, stdin
         self.skipped = Skipped()
         self.in_own_order: list[str] = []
@@ -136,7 +138,9 @@ class Search:
     def _is_wanted(self, file: TextFile, given: str) -> bool:
         """Return whether the user's patterns admit a file below the path `given`."""
         name = file.name.removeprefix(given).lstrip("/")
-        return (not self._include or matches(name, self._include)) and not matches(name, self._exclude)
+        matched = {pattern for pattern in self._include | self._exclude if matches(name, pattern)}
+        self.unmatched -= matched
+        return bool(matched & self._include or not self._include) and not matched & self._exclude
 
     def _identified(self, file: TextFile) -> TextFile | Unread:
         if not file.member and has_archive_name(file.root):

@@ -7,38 +7,27 @@ import itertools
 import posixpath
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from atlas.data.text.documents import BOTH, Reading, read_rows
 from atlas.data.text.files import TextFile, is_url
 from atlas.data.text.formats import compression
 from atlas.data.text.formats.chats import has_messages, layout_of
+from atlas.data.text.formats.code import is_code_name
 from atlas.data.text.formats.sniff import ROWS, Format, Unread
-from atlas.data.text.report import SourceReport
+from atlas.data.text.report import SourceReport, megabytes
 from atlas.errors import DataError
 
 MOST_LEFT_OUT = 0.1
 """Atlas asks the user if it would leave out more than this share of the bytes."""
-_CODE_ENDINGS = """
-    py pyi pyx c h cc cpp cxx hh hpp cs java js mjs cjs ts tsx jsx go rs rb php pl pm t sh bash zsh
-    fish ps1 bat cmd lua r jl swift kt kts scala clj cljs hs ml mli fs fsx ex exs erl el lisp scm
-    vim sql css scss sass less vue svelte xml xsl xsd yaml yml toml ini cfg conf cmake mk am ac m4
-    in gradle ipynb proto asm s f f90 f95 pas d dart zig nim m mm v sv vhd vhdl tcl awk sed diff
-    patch dts dtsi ld lds glsl cu cuh rules service desktop spec po pot svg map lock bib sty cls
-    groovy tf nix bzl bazel j2 tmpl
-    """
-_CODE = frozenset(f".{ending}" for ending in _CODE_ENDINGS.split())
-"""Endings of source code, settings and translations."""
-_CODE_NAMES = frozenset(
-    ("makefile", "dockerfile", "kconfig", "kbuild", "cmakelists.txt", "jenkinsfile", "rakefile")
-)
 _ABOUT = (
     "readme", "license", "licence", "copying", "notice", "changelog", "changes", "contributing", "citation", "authors",
 )  # fmt: skip
 """Beginnings of the names of texts about the other files."""
 _AS_TEXT: tuple[Format, ...] = ("text", "jsonl", "json", "csv", "html")
 _SHOWN, _MOST_PATTERNS = 3, 6
+_ROWS_LOOKED_AT = 20
 
 
 @dataclass
@@ -64,7 +53,7 @@ class Choice:
             count = "1 file is" if len(files) == 1 else f"{len(files):,} files are"
             names = ", ".join(file.name for file in files[:_SHOWN])
             more = " …" if len(files) > _SHOWN else ""
-            yield f"{count} left out, {_size(files) / 1e6:,.2f} MB: {reason} ({names}{more})"
+            yield f"{count} left out, {megabytes(_size(files))}: {reason} ({names}{more})"
 
     def names_with_reasons(self) -> Iterator[str]:
         """Yield one line for each file that is left out."""
@@ -108,12 +97,9 @@ def _size(files: Iterable[TextFile]) -> int:
     return sum(file.size for file in files)
 
 
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Return whether a name with its folders, or without them, matches one of the patterns. `*` matches `/` too."""
-    base = posixpath.basename(name)
-    return any(
-        fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(base, pattern) for pattern in patterns
-    )
+def matches(name: str, pattern: str) -> bool:
+    """Return whether a name with its folders, or without them, matches a pattern. `*` matches `/` too."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(posixpath.basename(name), pattern)
 
 
 def choose(
@@ -148,9 +134,7 @@ def choose(
 
 def _is_code(file: TextFile, what: TextFile | Unread) -> bool:
     """Return whether the name of a file is that of source code or settings, and its content has no other format."""
-    name = file.basename.lower()
-    has_name = posixpath.splitext(name)[1] in _CODE or name in _CODE_NAMES
-    return has_name and _is_text(what)
+    return is_code_name(file.basename) and _is_text(what)
 
 
 def _is_text(what: TextFile | Unread) -> bool:
@@ -220,16 +204,21 @@ def refuse_conversations(file: TextFile, kind: str, reading: Reading) -> None:
 
 
 def kind_of_rows(file: TextFile, reading: Reading) -> str:
-    """Return what the first row of a file is: `document` if it has the text field, `conversation`, `both` or
-    `other`."""
+    """Return what most of the first rows of a file are: `document` if they have the text field, `conversation`, or
+    `other`. The kind is `both` if a row has a text and a list of messages. A file without rows is a `document`."""
     try:
-        row = next(read_rows(file, reading, SourceReport(), lambda _: None), None)
+        rows = read_rows(file, replace(reading, on_error="skip"), SourceReport(), lambda _: None)
+        values = (row.value for row in rows if row.value)
+        kinds = Counter(_kind_of(value, reading) for value in itertools.islice(values, _ROWS_LOOKED_AT))
     except DataError:
         return "document"  # the error is reported when the file is read
-    if row is None or isinstance(row.value, str):
+    return "both" if "both" in kinds else max(kinds, key=lambda kind: kinds[kind], default="document")
+
+
+def _kind_of(row: object, reading: Reading) -> str:
+    if isinstance(row, str):
         return "document"
-    has_text = isinstance(row.value, dict) and reading.text_field in row.value
-    layout = layout_of(row.value)
-    if has_text and not reading.names_text_field and has_messages(row.value):
+    has_text = isinstance(row, dict) and reading.text_field in row
+    if has_text and not reading.names_text_field and has_messages(row):
         return "both"
-    return "document" if has_text else "conversation" if layout else "other"
+    return "document" if has_text else "conversation" if layout_of(row) else "other"

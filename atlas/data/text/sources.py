@@ -18,8 +18,9 @@ from atlas.data.text.documents import Group, Reading
 from atlas.data.text.files import COMBINED, Advance, TextFile, filesystem_of, is_url
 from atlas.data.text.formats import compression
 from atlas.data.text.formats.decode import Piece
+from atlas.data.text.formats.sniff import ROWS
 from atlas.data.text.hashes import hashes_of, written_at
-from atlas.data.text.report import SourceReport
+from atlas.data.text.report import SourceReport, counted
 from atlas.data.text.search import KINDS, PATTERN, Search
 from atlas.data.text.selection import Choice
 from atlas.data.text.stdin import STANDARD_INPUT
@@ -68,6 +69,7 @@ class Sources:
         for path in self.paths:
             self.choice.merge(search.choice_in(path))
         self.skipped, self.in_own_order = search.skipped, search.in_own_order
+        self._unmatched = sorted(search.unmatched)
         files = self.choice.files
         self._roots = {root: search.roots[root] for root in dict.fromkeys(file.root for file in files)}
         """Path or URL of each file or archive that Atlas reads → what is known of it."""
@@ -174,7 +176,19 @@ class Sources:
         notes = self._skipped()
         own_order = "is a compressed tar and is read in its own order, not by the names of its files"
         notes += [f"{name}: {own_order}" for name in self.in_own_order]
-        return [*notes, *report.notes()]
+        return [*notes, *self._without_effect(), *report.notes()]
+
+    def _without_effect(self) -> Iterator[str]:
+        """Yield one line for each thing that a user gave, and that changes nothing."""
+        yield from (f"{pattern}: no file of a folder or an archive matches it" for pattern in self._unmatched)
+        if empty := [file.name for file in self.files if not file.size]:
+            more = f", {empty[1]}" if len(empty) == 2 else " …" if len(empty) > 2 else ""
+            yield f"{counted(len(empty), 'empty file')} ({empty[0]}{more})"
+        formats = {file.format for file in self.files}
+        if self.reading.names_text_field and formats.isdisjoint(ROWS):
+            yield f"--text-field {self.reading.text_field}: has no effect, since no file has rows"
+        if self.reading.separator is not None and "text" not in formats:
+            yield f"--separator {self.reading.separator}: has no effect, since no file is plain text"
 
     def _skipped(self) -> list[str]:
         """Return one line for each reason why Atlas skips some files."""

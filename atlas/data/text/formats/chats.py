@@ -125,6 +125,7 @@ def layout_of(value: object, forced: str | None = None) -> str | None:
         return "bare list" if _is_list_of_messages(value) else None
     if not isinstance(value, dict):
         return None
+    value = _in_small_letters(value)
     layouts = [field for field in LISTS if isinstance(value.get(field), (list, str)) and value[field]]
     layouts += ["/".join(pair) for pair in PAIRS if all(value.get(field) is not None for field in pair)]
     if isinstance(value.get("chosen"), list) and "prompt" not in value:
@@ -132,6 +133,12 @@ def layout_of(value: object, forced: str | None = None) -> str | None:
     if forced is not None:
         return forced if forced in layouts else None
     return layouts[0] if layouts else None
+
+
+def _in_small_letters(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with its names in small letters: `Question` is `question`, unless the row has both."""
+    small = {name.lower(): value for name, value in row.items()}
+    return small if len(small) == len(row) else row
 
 
 def has_messages(row: object) -> bool:
@@ -159,6 +166,7 @@ def read_conversation(value: Any, place: str, report: ChatReport, forced: str | 
     if layout == "bare list":
         messages = [*_messages(value, place, found)]
     else:
+        value = _in_small_letters(value)
         used = {layout} if "/" not in layout else {*layout.split("/")}
         messages = [*_in_fields(value, layout, place, used, found)]
         found.update(field for field in value if field not in used)

@@ -69,7 +69,7 @@ def read_text(stream: io.BufferedIOBase, how: Decoding) -> Iterator[str]:
     Raises `DataError` if the encoding is uncertain, or too many bytes cannot be decoded.
     """
     first, failure = _beginning(stream)
-    codec = how.encoding or _codec_of(first, how)
+    codec = _named_codec(how.encoding, first) if how.encoding else _codec_of(first, how)
     # No text has a zero byte, except in UTF-16 and UTF-32. Git has the same rule.
     if b"\0" in first[:_BINARY_BYTES] and codec in _UTF8:
         shown = next((what for mark, what in _BINARY.items() if first.startswith(mark)), "a binary file")
@@ -111,7 +111,14 @@ def _beginning(stream: io.BufferedIOBase) -> tuple[bytes, Exception | None]:
     return first, None
 
 
-_UTF8 = ("utf-8", "utf-8-sig", "utf8")
+_UTF8 = ("utf-8", "utf-8-sig")
+
+
+def _named_codec(encoding: str, first: bytes) -> str:
+    """Return the codec for an encoding that the user named. A Unicode mark at the beginning is no part of the text."""
+    codec, marked = codecs.lookup(encoding).name, codec_of_mark(first)
+    is_of_same_kind = marked is not None and marked.removesuffix("-sig").startswith(codec[:6])
+    return marked if marked and is_of_same_kind else codec
 
 
 def _refuse_too_many(replaced: int, read: int, how: Decoding, codec: str) -> None:
@@ -138,10 +145,14 @@ def lines_of(chunks: Iterable[str], longest: int) -> Iterator[str]:
         yield rest
 
 
+def codec_of_mark(beginning: bytes) -> str | None:
+    """Return the encoding that a Unicode mark at the beginning of a text shows, or None."""
+    return next((codec for mark, codec in _MARKS if beginning.startswith(mark)), None)
+
+
 def _codec_of(first: bytes, how: Decoding) -> str:
-    for mark, codec in _MARKS:
-        if first.startswith(mark):
-            return codec
+    if codec := codec_of_mark(first):
+        return codec
     if b"\0" in first[:_BINARY_BYTES]:
         return "utf-8"
     if any(mark in first for mark in _JAPANESE):

@@ -17,6 +17,7 @@ from typing import IO, Any
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
+from atlas.data.text.formats.decode import codec_of_mark
 from atlas.errors import DataError, first_line
 
 LARGEST_PAGE, LARGEST_BOOK = 64 << 20, 512 << 20
@@ -41,7 +42,9 @@ _MAY_STAY_OPEN_NAMES = """
 """
 _MAY_STAY_OPEN = frozenset(_MAY_STAY_OPEN_NAMES.encode().split())
 _CHARSET = re.compile(rb"(?i)charset=[\"']?([\w-]+)")
-_DEEPEST = 2000
+_DEEPEST, _MOST_ATTRIBUTES = 2000, 5000
+_LONG_TAG = re.compile(rb"<[a-zA-Z][^<>]{10000,}")
+_QUOTED = re.compile(rb"\"[^\"]*\"|'[^']*'")
 _MANY_LINES = re.compile(r"\n{3,}")
 _BLANKS_AT_LINE_END = re.compile(r"(?<![ \t])[ \t]+(?=\n)")
 
@@ -66,16 +69,17 @@ def _read(stream: IO[bytes], name: str, limit: int) -> bytes:
 def html_text(page: bytes, name: str, encoding: str | None = None) -> str:
     """Return the text of an HTML page. Without `encoding`, the page's own statement counts, or UTF-8.
 
-    Raises `DataError` if the page has very many open elements.
+    Raises `DataError` if the page has very many open elements, or attributes of one element.
     """
     from selectolax.lexbor import LexborHTMLParser
 
+    page = _as_utf8(page, encoding)
     if _depth(page) > _DEEPEST:
         raise DataError(f"{name}: has more than {_DEEPEST:,} open elements; it is no page for readers")
-    stated = _CHARSET.search(page[:4096])
-    codec = encoding or (stated[1].decode("ascii") if stated else "utf-8")
-    with suppress(LookupError, UnicodeError):
-        page = page.decode(codec, errors="replace").encode(errors="replace")
+    if _has_many_attributes(page):
+        raise DataError(
+            f"{name}: has an element with more than {_MOST_ATTRIBUTES:,} attributes; it is no page for readers"
+        )
     tree = LexborHTMLParser(page)
     for node in tree.css(_DROPPED):
         node.decompose()
@@ -87,6 +91,21 @@ def html_text(page: bytes, name: str, encoding: str | None = None) -> str:
         else tree.body
     )
     return "" if root is None else _text_below(root)
+
+
+def _as_utf8(page: bytes, encoding: str | None) -> bytes:
+    """Return the page in UTF-8. A mark of Unicode counts more than what the page states."""
+    stated = _CHARSET.search(page[:4096])
+    codec = codec_of_mark(page) or encoding or (stated[1].decode("ascii") if stated else "utf-8")
+    with suppress(LookupError, UnicodeError):
+        return page.decode(codec, errors="replace").encode(errors="replace")
+    return page
+
+
+def _has_many_attributes(page: bytes) -> bool:
+    """Return whether an element has very many attributes. The parser needs quadratic time for them."""
+    long = (found[0] for found in _LONG_TAG.finditer(page))
+    return any(len(_QUOTED.sub(b"", tag).split()) > _MOST_ATTRIBUTES for tag in long)
 
 
 def _depth(page: bytes) -> int:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from typing import IO, Any
 from xml.etree import ElementTree
 
 from atlas.data.text.formats.decode import Piece
+from atlas.data.text.formats.rows import OnBad
 from atlas.data.text.formats.separators import Boundaries, Separator, split_documents
 from atlas.errors import DataError
 
@@ -20,6 +20,9 @@ _ARTICLES, _FILE, _CATEGORY = "0", "6", "14"
 _LONGEST_PAGE = 4 << 20
 """MediaWiki stores at most 2 MiB per page."""
 _DROPPED_TAGS = ("ref", "table", "gallery", "math", "timeline", "score", "syntaxhighlight", "imagemap")
+_MOST_OPEN = 500
+_BRACKETS = re.compile(r"(\{[{|]|\[\[|\[(?=\w+:)|<(?!br|hr|wbr|li|nowiki)[a-z])|(\}\}|\|\}|\]|</|/>)", re.I)
+"""What opens or closes a template, a table, a link or a tag."""
 _LANGUAGE = re.compile(r"\s*[a-z]{2,3}(?:-[a-z-]+)?\s*:")
 _SWITCH = re.compile(r"__[A-Z]+__")
 _BLANKS = re.compile(r"[ \t]{2,}")
@@ -28,9 +31,9 @@ _DOC_ENDS = Separator("<doc> elements", re.compile(r"</doc>\s*(?:<doc id=\"[^>\n
 _DOC_BEGINS = re.compile(r"\s*<doc id=\"[^>\n]*>")
 
 
-def dump_articles(stream: IO[bytes], name: str) -> Iterator[str]:
+def dump_articles(stream: IO[bytes], name: str, on_bad: OnBad) -> Iterator[str]:
     """Yield the articles of a dump as plain text, each with its title first. Redirects and pages about the wiki itself
-    are left out.
+    are left out. The error of a page with very many open brackets goes to `on_bad`.
 
     Raises `DataError` if the dump is damaged.
     """
@@ -50,9 +53,14 @@ def dump_articles(stream: IO[bytes], name: str) -> Iterator[str]:
                     and "redirect" not in fields
                     and _text_of(fields.get("ns"), _ARTICLES) == _ARTICLES
                 ):
-                    text = plain_text(wikitext[:_LONGEST_PAGE], media)
-                    if text:
-                        yield f"{_text_of(fields.get('title'), '')}\n\n{text}".strip()
+                    title = _text_of(fields.get("title"), "")
+                    if _has_too_many_open(wikitext):
+                        reason = (
+                            f"has more than {_MOST_OPEN} brackets or tags that do not end; correct the page"
+                        )
+                        on_bad(DataError(f"{name}, page {title!r:.80}: {reason}"))
+                    elif text := plain_text(wikitext[:_LONGEST_PAGE], media):
+                        yield f"{title}\n\n{text}".strip()
                 root.clear()
     except (ElementTree.ParseError, StopIteration, LookupError, ValueError) as error:
         raise DataError(f"{name}: is not a complete dump ({error}); download it again") from None
@@ -68,22 +76,28 @@ def plain_text(wikitext: str, media: set[str]) -> str:
     import mwparserfromhell
 
     page: Any = mwparserfromhell.parse(wikitext)
+    # The contents are emptied, since removing each node from the page would take quadratic time.
     for tag in page.filter_tags(matches=lambda node: str(node.tag).strip().lower() in _DROPPED_TAGS):
-        _remove(page, tag)
+        tag.contents = ""
     for link in page.filter_wikilinks():
         prefix, colon, _ = str(link.title).partition(":")
         if colon and (
             prefix.strip().lower() in media or (_LANGUAGE.match(str(link.title)) and not link.text)
         ):
-            _remove(page, link)
+            link.text = ""
     text = _SWITCH.sub("", page.strip_code(normalize=True, collapse=True))
     lines = (_BLANKS.sub(" ", line.strip()) for line in text.split("\n"))
     return _MANY_LINES.sub("\n\n", "\n".join(lines)).strip()
 
 
-def _remove(page: Any, node: Any) -> None:
-    with suppress(ValueError):  # it was inside another node that is already removed
-        page.remove(node)
+def _has_too_many_open(wikitext: str) -> bool:
+    """Return whether very many brackets and tags of a page do not end. The parser needs quadratic time for them."""
+    depth = 0
+    for opens, _ in _BRACKETS.findall(wikitext):
+        depth = depth + 1 if opens else max(0, depth - 1)
+        if depth > _MOST_OPEN:
+            return True
+    return False
 
 
 def extracted_articles(chunks: Iterable[str], found: Boundaries) -> Iterator[Piece]:

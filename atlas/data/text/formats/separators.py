@@ -38,6 +38,7 @@ class Boundaries:
     """How a text was separated, for the user to check."""
 
     documents: int = 0
+    gaps: int = 0
     shown: list[str] = field(default_factory=list)
 
 
@@ -136,6 +137,7 @@ def split_documents(chunks: Iterable[str], separator: Separator, found: Boundari
 
 
 def _show(found: Boundaries, text: str, gap: re.Match[str]) -> None:
+    found.gaps += 1
     before = (
         text[max(0, gap.start() - 500) : gap.start()].rstrip().rpartition("\n")[2][-_SHOWN_CHARS:].strip()
     )

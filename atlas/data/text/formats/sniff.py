@@ -140,7 +140,7 @@ _MEDIAWIKI = re.compile(r"<mediawiki[\s>]")
 _WIKIEXTRACTOR = re.compile(r'<doc id="')
 _NO_BLANK = re.compile(r"\S|\Z")
 _XML_MISC = (("<?", "?>"), ("<!--", "-->"))
-_TAG = re.compile(r"<(?:p|div|body|head|title|h[1-6]|table|ul|ol|br|span)\b[^>]*>", re.I)
+_TAG = re.compile(r"<(?:p|div|body|head|title|h[1-6]|table|ul|ol|br|span)\b[^<>]*>", re.I)
 _TEXT_MARKS = (
     codecs.BOM_UTF8,
     codecs.BOM_UTF16_LE,
@@ -290,7 +290,8 @@ def _object_format(text: str, text_field: str, *, is_one_line: bool) -> Format |
         return "json"
     if any(f'"{key}"' in text for key in (text_field, *_CHAT_FIELDS)):
         return "jsonl" if is_one_line else "json"
-    return Unread("a JSON object without rows", "jq -c '.KEY[]' NAME > NAME.jsonl", is_text=True)
+    rows = ".KEY[]" if re.search(r":\s*\[", text) else f"{{{text_field}: .[]}}"
+    return Unread("a JSON object without rows", f"jq -c '{rows}' NAME > NAME.jsonl", is_text=True)
 
 
 def value_of(line: str) -> Any:

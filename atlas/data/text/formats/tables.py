@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import shlex
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -139,21 +140,28 @@ class ColumnarFile:
 
     def check_text(self, column: str) -> None:
         """Raise `DataError` unless the file has this column, with text in it."""
-        from pyarrow import types
-
         if self.schema.names.count(column) > 1:
             raise DataError(
                 f"{self.name}: has several columns {column!r}; give each column a name of its own"
             )
         if column not in self.schema.names:
+            texts = [field.name for field in self.schema if _is_text(field.type)]
             raise DataError(
                 f"{self.name}: has no column {column!r} (columns: {shown_names(self.schema.names)}); name the column "
-                "of the text with --text-field"
+                f"of the text, for example with --text-field {shlex.quote(texts[0]) if texts else 'NAME'}"
             )
-        kind = self.schema.field(column).type
-        value = kind.value_type if types.is_dictionary(kind) else kind
-        if not (types.is_string(value) or types.is_large_string(value) or types.is_string_view(value)):
-            raise DataError(f"{self.name}: column {column!r} is {value}, not text")
+        if not _is_text(kind := self.schema.field(column).type):
+            raise DataError(
+                f"{self.name}: column {column!r} is {kind}, not text; name the column of the text"
+            )
+
+
+def _is_text(kind: Any) -> bool:
+    """Return whether a column of this type has text."""
+    from pyarrow import types
+
+    value = kind.value_type if types.is_dictionary(kind) else kind
+    return bool(types.is_string(value) or types.is_large_string(value) or types.is_string_view(value))
 
 
 def _arrow_batches(reader: Any, columns: list[str], *, is_file: bool) -> Iterator[Any]:
