@@ -76,9 +76,9 @@ INSIDE = {
     "reporting": "curves dataset_statistics targets < dataset_figure runs < figure report",
     "serving": "errors files runs schema server < generation limits stream < answers engine llama metrics < "
     "dispatcher < openai pages < app",
-    "cli": "choose_text doctor_facts old_flags options plan_report < terminal < choose_preset doctor evaluate "
-    "export generate import_model info_checkpoint info_conversations info_dataset look plan_output prepare report "
-    "serve train < demo info plan < pipeline",
+    "cli": "choose_text doctor_facts old_flags options plan_report < terminal < choose_preset "
+    "dataset_tables doctor evaluate export generate import_model info_checkpoint info_conversations look plan_output "
+    "report serve train < demo info_dataset prepare < info plan < pipeline",
 }
 """Of each folder, its files in order: each may import those before a `<` to its left. The table is also in
 `docs/ARCHITECTURE.md`."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from atlas.cli.dataset_tables import print_documents, print_kinds
 from atlas.cli.terminal import figure, print_facts, print_table, printable
 from atlas.data.shards import PreparedDataset, TokenStream, open_dataset
 from atlas.errors import AtlasError
@@ -19,7 +20,6 @@ from atlas.reporting.dataset_statistics import (
     STRETCH_TOKENS,
     Lengths,
     measure_lengths,
-    sample_documents,
     worst_stretches,
 )
 from atlas.reporting.targets import check_png
@@ -40,6 +40,7 @@ def show_dataset(folder: Path, *, verify: bool, plot: Path | None) -> None:
     lengths = {name: measure_lengths(stream) for name, stream in splits.items() if stream.num_documents}
     print_facts([("dataset", folder), ("state", state), *_facts(dataset, splits, lengths)])
     vocab_size = int(dataset.tokenizer_state["vocab_size"])
+    print_kinds(dataset.manifest.source)
     _print_advice(splits["train"].num_tokens, vocab_size)
     _print_texts(dataset, splits["train"])
     if plot and lengths:
@@ -113,19 +114,7 @@ def _print_advice(num_tokens: int, vocab_size: int) -> None:
 
 def _print_texts(dataset: PreparedDataset, stream: TokenStream) -> None:
     """Print ten random documents of the training split, and the stretches that the tokenizer compresses worst."""
-    if dataset.tokenizer_state.get("kind") == "custom":
-        name = dataset.tokenizer_state["name"]
-        text = f"texts cannot be shown: tokenizer {name} is custom code, which a file does not contain"
-        typer.echo("\n" + printable(text))
-        return
-    try:
-        tokenizer = dataset.tokenizer()
-    except AtlasError as error:
-        typer.echo("\n" + printable(f"texts cannot be shown: {error}"))
-        return
-    excerpts = sample_documents(stream, tokenizer)
-    typer.echo(f"\n{len(excerpts)} random documents of train, each after its number of tokens")
-    print_table([(f"{excerpt.tokens:,}", printable(excerpt.text)) for excerpt in excerpts], right={0})
+    tokenizer = print_documents(dataset, count=10)
     if isinstance(tokenizer, ByteLevelTokenizer):
         searched = f", in {SAMPLE_TOKENS:,} tokens that are evenly spread over the split"
         of_all = searched if stream.num_tokens > SAMPLE_TOKENS else ""

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from atlas.data.prepare.pipeline import Summary
     from atlas.data.shards import Manifest
 
+_SHOWN = 5
+"""Number of documents that are printed, so that a user sees what the text became."""
 _INPUT_HELP = (
     "Text, JSON, a table (CSV, Parquet, Arrow), HTML, a PDF, an EPUB or a MediaWiki dump, also compressed, an archive, "
     "a folder, a 'pattern*', an fsspec URL, or - for standard input. The content decides, not the ending. The option "
@@ -139,6 +141,9 @@ def prepare(
 
 
 def _print_summary(summary: Summary) -> None:
+    from atlas.cli.dataset_tables import print_documents, print_kinds
+    from atlas.data.text.report import counted, megabytes
+
     manifest, folder = summary.dataset.manifest, summary.dataset.folder
     if summary.unchanged:
         say("unchanged: the same text, tokenizer and options as before; nothing to do")
@@ -147,13 +152,17 @@ def _print_summary(summary: Summary) -> None:
         what = "changed" if step in ("nfc", "control", "whitespace") else "left out"
         if record.documents:
             say(
-                f"cleaning: {step}: {record.documents:,} documents {what}, {record.characters:,} characters fewer"
+                f"cleaning: {step}: {counted(record.documents, 'document')} {what}, "
+                f"{counted(record.characters, 'character')} fewer"
             )
     if "duplicates" in manifest.cleaning:
         kept = sum(split.documents for split in manifest.splits.values())
         say(
-            f"cleaning: hashes to find duplicates: {kept:,} documents, 16 bytes each, {16 * kept / 1e6:,.2f} MB"
+            f"cleaning: hashes to find duplicates: {counted(kept, 'document')}, 16 bytes each, {megabytes(16 * kept)}"
         )
+    print_kinds(manifest.source, err=True)
+    print_documents(summary.dataset, count=_SHOWN, err=True)
+    say("")
     typer.echo(f"{folder}: {_tokenizer(manifest)}")
     for name, split in manifest.splits.items():
         typer.echo(

@@ -603,3 +603,31 @@ def test_a_dataset_keeps_the_tokenizer_of_another_model(tmp_path: Path, text_fil
         again = ["prepare", "--input", str(text_file), "--tokenizer", str(model), "--output", str(folder)]
         assert main(again) == 0
         assert open_dataset(folder).tokenizer().encode(text) == expected
+
+
+def test_it_shows_what_it_read_and_some_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.md").write_text(f"Chapter {number}. " + "Some words. " * 100, encoding="utf-8")
+    (folder / "rows.jsonl").write_text('{"text": "a row"}\n{"text": "another"}\n', encoding="utf-8")
+    assert main(["prepare", "--input", str(folder), "--output", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().err
+    sizes = [sum(file.stat().st_size for file in folder.glob(kind)) for kind in ("*.md", "*.jsonl")]
+    shares = [f"{100 * size / sum(sizes):.1f}%" for size in sizes]
+    texts = rf"text \(\.md\) +3 +3 +{sizes[0]:,} +{shares[0]}\n"
+    assert re.search(texts + rf"JSON lines \(\.jsonl\) +1 +2 +{sizes[1]} +{shares[1]}\n", said)
+    assert "5 random documents of train" in said
+    assert "Chapter 1. Some words." in said
+    assert main(["info", str(tmp_path / "out")]) == 0
+    assert re.search(texts, capsys.readouterr().out)
+
+
+def test_many_kinds_of_files_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(20):
+        (tmp_path / f"a.e{number}").write_text(f"text {number} " * (30 - number), encoding="utf-8")
+    assert main(["prepare", "--input", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    rows = re.findall(r"^(\S.*?) +(\d+) +(\d+) +[\d,]+ +[\d.]+%$", capsys.readouterr().err, re.M)
+    assert len(rows) == 12
+    assert rows[0] == ("text (.e0)", "1", "1")
+    assert rows[-1] == ("others", "9", "9")

@@ -239,8 +239,8 @@ def test_the_screen_agrees_with_the_documents(
     assert sorted(seen) == sorted(texts)
 
     parts = output.split("\n\n")
-    assert len(parts) == 4
-    rows = parts[2].splitlines()[1:]
+    assert len(parts) == 5
+    rows = parts[3].splitlines()[1:]
     assert len(rows) == 10
     train = decoded_documents(dataset, "train")
     for row in rows:
@@ -248,8 +248,8 @@ def test_the_screen_agrees_with_the_documents(
         begin = text.removesuffix("…").removesuffix("<|endoftext|>").replace("\\n", "\n")
         whole = [document for document in train if document.startswith(begin)]
         assert int(tokens.replace(",", "")) in [len(GPT2.encode(document)) + 1 for document in whole]
-    assert len(parts[3].splitlines()) == 4
-    assert re.fullmatch(r"\d\.\d\d  \S.*", parts[3].splitlines()[1])
+    assert len(parts[4].splitlines()) == 4
+    assert re.fullmatch(r"\d\.\d\d  \S.*", parts[4].splitlines()[1])
 
 
 def test_nothing_in_a_text_reaches_the_terminal_as_a_command(
@@ -257,7 +257,8 @@ def test_nothing_in_a_text_reaches_the_terminal_as_a_command(
 ) -> None:
     hostile = "\x1b[31mred\x07\r\nnext\u202e"
     monkeypatch.setattr(
-        "atlas.cli.info_dataset.sample_documents", lambda *_: [Excerpt(hostile, 5), Excerpt("quiet", 1234)]
+        "atlas.cli.dataset_tables.sample_documents",
+        lambda *_, **__: [Excerpt(hostile, 5), Excerpt("quiet", 1234)],
     )
     monkeypatch.setattr("atlas.cli.info_dataset.worst_stretches", lambda *_: [Stretch(0, hostile, 1.25)])
     lines = info(capsys, dataset)[1].splitlines()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -31,7 +32,7 @@ from atlas.progress import byte_progress
 __all__ = ["Advance", "Group", "Reading", "SourceReport", "Sources"]
 
 _LONGEST_ENDING = 8
-_VERSION = 3
+_VERSION = 4
 """The version of the rules by which files become documents."""
 
 
@@ -165,11 +166,19 @@ class Sources:
         return {
             "paths": [encodable(path) for path in self.paths],
             "files": len(self.files),
+            "kinds": self._kinds(report),
             "left_out": self.doubled,
             "faults": report.num_faults,
             "undecodable_bytes": dict(report.undecodable),
             "article_rule": report.articles.rule if report.articles else None,
         }
+
+    def _kinds(self, report: SourceReport) -> dict[str, tuple[int, int, int]]:
+        """Return the kinds of files, each with its numbers of files, bytes and documents."""
+        files, sizes = Counter(file.kind for file in self.files), Counter[str]()
+        for file in self.files:
+            sizes[file.kind] += file.size
+        return {kind: (files[kind], sizes[kind], report.documents[kind]) for kind in files}
 
     def notes(self, report: SourceReport) -> list[str]:
         """Return notes about the text for the user, one line each."""
