@@ -131,7 +131,7 @@ def metadata_of(model: AtlasLM, tokenizer: ByteLevelTokenizer, quantize: Quantiz
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         **{f"{architecture_of(config)}.{key}": value for key, value in _shape_in_file(config).items()},
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.pre": tokenizer.split,
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": token_types,
         "tokenizer.ggml.merges": [f"{left} {right}" for left, right in tokenizer.merges()],

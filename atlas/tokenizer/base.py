@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -88,7 +88,7 @@ class Tokenizer(ABC):
 
     # Constructors. `load.py` adds them, so that this module does not import the subclasses.
     gpt2: ClassVar[Callable[[], Tokenizer]]
-    train: ClassVar[Callable[[Iterable[str], int], Tokenizer]]
+    train: ClassVar[Callable[..., Tokenizer]]
     load: ClassVar[Callable[[str | Path], Tokenizer]]
     from_state: ClassVar[Callable[[Mapping[str, Any]], Tokenizer]]
     resolve: ClassVar[Callable[[str | Path], Tokenizer]]

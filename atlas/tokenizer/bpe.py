@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,19 @@ from tokenizers import models, pre_tokenizers, trainers
 from atlas.errors import TokenizerError
 from atlas.files import read_limited
 from atlas.tokenizer.base import END_OF_TEXT, MAX_FILE_BYTES
-from atlas.tokenizer.byte_level import BYTE_OF_CHAR, ByteLevelTokenizer, Merge, well_formed
+from atlas.tokenizer.byte_level import (
+    BYTE_OF_CHAR,
+    SPLITS,
+    ByteLevelTokenizer,
+    Merge,
+    pre_tokenizer,
+    well_formed,
+)
 
 MAX_VOCAB_SIZE = 2**20
 _LONGEST_TOKEN = 2**16
+_LONGEST_WORD = 500
+_LONG_WORD = re.compile(rf"(\S{{{_LONGEST_WORD}}})(?=\S)")
 SMALLEST_VOCAB_SIZE = len(BYTE_OF_CHAR) + 1
 _UNSUPPORTED = (
     "dropout",
@@ -62,20 +72,21 @@ class BPETokenizer(ByteLevelTokenizer):
     def from_json(cls, text: str, origin: str) -> BPETokenizer:
         """Read the content of a tokenizer.json.
 
-        Raises `TokenizerError` unless the content is a byte-level BPE with GPT-2's split and `<|endoftext|>`.
+        Raises `TokenizerError` unless the content is a byte-level BPE with one of `SPLITS` and `<|endoftext|>`.
         """
         try:
-            tokens, merges, eos_id = _read(json.loads(text))
+            tokens, merges, eos_id, split = _read(json.loads(text))
         except (ValueError, RecursionError) as error:  # not JSON, or a number of thousands of digits
             raise TokenizerError(
                 f"{origin}: is not a tokenizer.json: {error!s:.200}; give gpt2 or a tokenizer.json"
             ) from None
         except NotGPT2s as error:
             raise NotGPT2s(
-                f"{origin}: {error}; Atlas reads byte-level BPE with GPT-2's split; for another tokenizer.json, put "
-                "the config.json of its model beside it, or give --tokenizer package.module:factory"
+                f"{origin}: {error}; Atlas reads byte-level BPE with GPT-2's or Qwen3.5's split; for another "
+                "tokenizer.json, put the config.json of its model beside it, or give --tokenizer "
+                "package.module:factory"
             ) from None
-        return cls("bpe", tokens, merges, eos_id)
+        return cls("bpe", tokens, merges, eos_id, split)
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -87,14 +98,17 @@ def check_vocab_size(vocab_size: int) -> None:
         )
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, split: str = "gpt-2") -> BPETokenizer:
     """Train a byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) on `texts`, which are read once, as a stream.
+    `split` is a name in `SPLITS`.
 
-    If the texts are too short for `vocab_size` tokens, the result has fewer tokens.
+    If the texts are too short for `vocab_size` tokens, the result has fewer tokens. A run of more than `_LONGEST_WORD`
+    characters without a blank, as in base64 or DNA, is trained on in parts, since the time grows with the square of
+    the length of a word.
     """
     check_vocab_size(vocab_size)
     tokenizer = HFTokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizer(split)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
@@ -102,7 +116,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BPETokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(map(well_formed, texts), trainer=trainer)
+    parts = (part for text in texts for part in _LONG_WORD.split(well_formed(text)) if part)
+    tokenizer.train_from_iterator(parts, trainer=trainer)
     return BPETokenizer.from_json(tokenizer.to_str(), origin="trained tokenizer")
 
 
@@ -115,24 +130,37 @@ def _demand(condition: bool, reason: str) -> None:
         raise NotGPT2s(reason)
 
 
-def _read(content: Any) -> tuple[list[str], list[Merge], int]:
-    """Return the tokens in id order, the merges, and the id of the end of text. Raises `NotGPT2s`, whose message names
-    the difference."""
+def _read(content: Any) -> tuple[list[str], list[Merge], int, str]:
+    """Return the tokens in id order, the merges, the id of the end of text, and the name of the split. Raises
+    `NotGPT2s`, whose message names the difference."""
     model: Any = content.get("model") if isinstance(content, dict) else None
     _demand(isinstance(model, dict), "has no model")
     _demand(model.get("type") == "BPE", f"its model is {model.get('type')!s:.40}, not BPE")
     for option in _UNSUPPORTED:
         _demand(not model.get(option), f"its BPE sets {option}")
     _demand(content.get("normalizer") is None, "its normalizer changes the text")
-    split: Any = content.get("pre_tokenizer")
-    _demand(
-        isinstance(split, dict) and split.get("type") == "ByteLevel", "its pre-tokenizer is not ByteLevel"
-    )
-    _demand(split.get("use_regex", True) is True, "its pre-tokenizer does not split like GPT-2's")
-    _demand(split.get("add_prefix_space") is False, "its pre-tokenizer puts a space before the text")
+    split = _read_split(content.get("pre_tokenizer"))
     tokens = _read_vocabulary(model.get("vocab"))
     merges = _read_merges(model.get("merges"), set(tokens))
-    return tokens, merges, _read_end_of_text(content.get("added_tokens"), tokens)
+    return tokens, merges, _read_end_of_text(content.get("added_tokens"), tokens), split
+
+
+def _read_split(steps: Any) -> str:
+    for name, pattern in SPLITS.items():
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+        for trims in (True, False):  # offsets do not matter
+            if steps == {
+                "type": "Sequence",
+                "pretokenizers": [split, level | {"trim_offsets": trims}],
+            }:
+                return name
+    _demand(
+        isinstance(steps, dict) and steps.get("type") == "ByteLevel", "its pre-tokenizer is not ByteLevel"
+    )
+    _demand(steps.get("use_regex", True) is True, "its pre-tokenizer does not split like GPT-2's")
+    _demand(steps.get("add_prefix_space") is False, "its pre-tokenizer puts a space before the text")
+    return "gpt-2"
 
 
 def _read_vocabulary(vocabulary: Any) -> list[str]:

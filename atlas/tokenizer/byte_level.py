@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HFTokenizer
 
 from atlas.tokenizer.base import END_OF_TEXT, Tokenizer
@@ -28,6 +28,14 @@ CHAR_OF_BYTE = dict(
     zip(BYTE_ORDER, map(chr, itertools.chain(_PRINTABLE, itertools.count(256))), strict=False)
 )
 """Byte → character. A printable byte maps to its own character. All other bytes map to characters from U+0100 on."""
+SPLITS: dict[str, str | None] = {
+    "gpt-2": None,
+    "qwen35": r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+"""The splits of a text into words, by GGUF's names for them (`tokenizer.ggml.pre`), as regular expressions. None is
+GPT-2's split, which the library has. It cuts words at combining marks, which most words of Hindi, Tamil and Thai have.
+Qwen3.5's split does not. llama.cpp knows GPT-2's split since 2023, and Qwen3.5's since 2026."""
 BYTE_OF_CHAR = {char: byte for byte, char in CHAR_OF_BYTE.items()}
 
 
@@ -55,14 +63,17 @@ class HFTokenizerBase(Tokenizer):
 
 
 class ByteLevelTokenizer(HFTokenizerBase):
-    """A byte-level BPE with GPT-2's pre-tokenizer: every text has ids, and the ids decode to exactly that text.
+    """A byte-level BPE with one of `SPLITS`: every text has ids, and the ids decode to exactly that text.
 
-    Only such a tokenizer can be exported to GGUF. `token_strings` and `merges` return the values of the GGUF keys
-    `tokenizer.ggml.tokens` and `tokenizer.ggml.merges`. GGUF's name for the pre-tokenizer is `gpt-2`.
+    Only such a tokenizer can be exported to GGUF. `token_strings`, `merges` and `split` are the values of the GGUF keys
+    `tokenizer.ggml.tokens`, `tokenizer.ggml.merges` and `tokenizer.ggml.pre`.
     """
 
-    def __init__(self, name: str, tokens: Sequence[str], merges: Sequence[Merge], eos_id: int) -> None:
+    def __init__(
+        self, name: str, tokens: Sequence[str], merges: Sequence[Merge], eos_id: int, split: str = "gpt-2"
+    ) -> None:
         self.name = name
+        self.split = split
         self.vocab_size = len(tokens)
         self.eos_id = eos_id
         self._tokens = list(tokens)
@@ -96,16 +107,17 @@ class ByteLevelTokenizer(HFTokenizerBase):
 
     @cached_property
     def fingerprint(self) -> str:
-        """The sha256 of everything that affects the ids: the tokens, the merges and the end-of-text id."""
-        vocabulary = json.dumps([self._tokens, self._merges, self.eos_id])
-        return hashlib.sha256(vocabulary.encode()).hexdigest()
+        """The sha256 of everything that affects the ids: the tokens, the merges, the end-of-text id, and a split other
+        than GPT-2's."""
+        identity = [self._tokens, self._merges, self.eos_id, *([self.split] if SPLITS[self.split] else [])]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     @cached_property
     def hf(self) -> HFTokenizer:  # type: ignore[override]
         """This tokenizer as an object of Hugging Face's library `tokenizers`."""
         vocabulary = {token: id for id, token in enumerate(self._tokens)}
         tokenizer = HFTokenizer(models.BPE(vocab=vocabulary, merges=self._merges))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        tokenizer.pre_tokenizer = pre_tokenizer(self.split)
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
         tokenizer.encode_special_tokens = True  # `<|endoftext|>` in a text is plain text
@@ -114,6 +126,14 @@ class ByteLevelTokenizer(HFTokenizerBase):
     def save(self, path: str | Path) -> None:
         """Write the tokenizer.json."""
         Path(path).write_text(self.hf.to_str(pretty=True), encoding="utf-8", newline="\n")
+
+
+def pre_tokenizer(split: str) -> pre_tokenizers.PreTokenizer:
+    """Return the library's object for a name in `SPLITS`."""
+    if (pattern := SPLITS[split]) is None:
+        return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    words = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def well_formed(text: str) -> str:

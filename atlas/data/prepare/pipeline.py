@@ -276,20 +276,27 @@ class _Preparation:
         options, sources, folder = self.options, self.sources, workspace.dataset
         if workspace.state:
             rule, tokenizer = SplitRule(**workspace.state["rule"]), self.tokenizer or Tokenizer.load(folder)
+            said = workspace.state.get("tokenizer_notes", [])
         else:
-            rule = self._split_rule
-            wanted = options.train_tokenizer or 0
-            tokenizer = self.tokenizer or train_tokenizer_on(sources, rule, options.cleaning, wanted)
+            rule, wanted = self._split_rule, options.train_tokenizer or 0
+            tokenizer, said = (
+                (self.tokenizer, [])
+                if self.tokenizer
+                else train_tokenizer_on(sources, rule, options.cleaning, wanted)
+            )
         if tokenizer.kind in STORED_AS_FILE and not (folder / "tokenizer.json").exists():
             tokenizer.save(folder / "tokenizer.json")
         if self.tokenizer is None and not workspace.state:
-            workspace.commit({"content_key": sources.content_key, "rule": vars(rule)})
+            workspace.commit(
+                {"content_key": sources.content_key, "rule": vars(rule), "tokenizer_notes": said}
+            )
         dtype = token_dtype(tokenizer.vocab_size)
         with closing(Merger(workspace, rule, options.cleaning, dtype, options.shard_tokens)) as merger:
             require_space(sources, tokenizer, output, done=merger.tokens)
             if merger.tokens:
                 notify(f"{output}: {merger.tokens:,} tokens were done before; resuming after them")
-            report = self._tokenize(merger, Encoder(tokenizer, options.cleaning, dtype.str), workspace)
+            encoder = Encoder(tokenizer, options.cleaning, dtype.str)
+            report = self._tokenize(merger, encoder, workspace, {"tokenizer_notes": said})
             splits = merger.finish()
         self._require_text(splits, merger.cleaned["short"].documents)
         if missing := [*sources.choice.names_with_reasons(), *report.faults]:
@@ -297,7 +304,7 @@ class _Preparation:
                 missing.append(f"and {unnamed:,} more rows or files that cannot be read")
             (folder / LEFT_OUT).write_text("".join(f"{on_one_line(line)}\n" for line in missing), "utf-8")
         facts = {"content_key": sources.content_key, "roots": roots_to_keep(sources)}
-        notes = [*sources.notes(report), *self._notes(splits, rule, tokenizer)]
+        notes = [*sources.notes(report), *said, *self._notes(splits, rule, tokenizer)]
         notes += report.fault_notes(f", see {output / LEFT_OUT}")
         if changed := sources.changed_since_hashed():
             notes.append(
@@ -316,9 +323,12 @@ class _Preparation:
             cleaning=merger.cleaned,
         ).write(folder)
 
-    def _tokenize(self, merger: Merger, encoder: Encoder, workspace: Workspace) -> SourceReport:
-        """Tokenize and merge every batch. Commit after each finished shard, every `COMMIT_SECONDS`, and before an error
-        of the input. The last state at the end of a file is kept too, for the case that the next file changes."""
+    def _tokenize(
+        self, merger: Merger, encoder: Encoder, workspace: Workspace, kept: dict[str, Any]
+    ) -> SourceReport:
+        """Tokenize and merge every batch. `kept` is added to every committed state. Commit after each
+        finished shard, every `COMMIT_SECONDS`, and before an error of the input. The last state at the end of a file is
+        kept too, for the case that the next file changes."""
         state = workspace.state
         report = SourceReport(**state.get("report", {}))
         start = Position(*state.get("position", ()))
@@ -336,7 +346,7 @@ class _Preparation:
                 "tokens": merger.tokens,
             }
             place = {"position": done.end, "groups": text.key(done.end.group), "read": done.read}
-            new = facts | place | {"report": report.model_dump(), "assembly": merger.sync()}
+            new = kept | facts | place | {"report": report.model_dump(), "assembly": merger.sync()}
             workspace.commit(*at_file_end, new)
             at_file_end = at_file_end if done.end.part else [new]
 

@@ -21,7 +21,7 @@ _FEWEST_HELD_OUT, _MOST_COUNTED = 5, 10_000
 """A split by hash needs so many documents that it holds out about `_FEWEST_HELD_OUT`. Atlas counts at most
 `_MOST_COUNTED`."""
 _SHORTEST_PASSAGE = 200
-_WORD_END, _LONGEST_WORD = re.compile(r"\S(?=[ \n])"), 100
+_WORD_END, _LONGEST_WORD = re.compile(r"\S(?= )|[^\W_](?=\n)"), 100
 
 
 class Part(NamedTuple):

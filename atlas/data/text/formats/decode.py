@@ -1,8 +1,8 @@
 """Bytes → text → documents, as streams of a few megabytes.
 
 Text that is not UTF-8 is decoded in the encoding that its bytes show, if they show one. Atlas cuts a long document into
-pieces, each time where a word ends and a blank begins. GPT-2's pre-tokenizer never joins text across such a cut, so the
-tokens of the pieces are the tokens of the document.
+pieces, each time where a word ends and a blank begins. No split of `byte_level.SPLITS` joins text across such a cut, so
+the tokens of the pieces are the tokens of the document.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from atlas.errors import DataError
 
 PIECE_CHARS = 1 << 20
 _CHUNK_BYTES = 1 << 20
-_UP_TO_LAST_WORD_END = re.compile(r"(?s).*\S(?=[ \n])")
+_UP_TO_LAST_WORD_END = re.compile(r"(?s).*(?:\S(?= )|[^\W_](?=\n))")
 _BINARY_BYTES = 8000
 _BINARY = {
     b"PK\x03\x04": "a zip archive or an Office document",
