@@ -21,6 +21,7 @@ from atlas.data.text.formats.decode import codec_of_mark
 from atlas.errors import DataError, first_line
 
 LARGEST_PAGE, LARGEST_BOOK = 64 << 20, 512 << 20
+_CHUNK = 1 << 20
 _MAIN = "main, [role=main], article, #content"
 _DROPPED = (
     "script, style, noscript, template, nav, header, footer, aside, form, button, svg, math, iframe, object, "
@@ -60,10 +61,14 @@ def read_book(stream: IO[bytes], name: str) -> bytes:
 
 
 def _read(stream: IO[bytes], name: str, limit: int) -> bytes:
-    content = stream.read(limit + 1)
-    if len(content) > limit:
-        raise DataError(f"{name}: has more than {limit >> 20} MiB; split it, or convert it to text")
-    return content
+    parts: list[bytes] = []
+    size = 0
+    while part := stream.read(_CHUNK):  # a read reserves memory for all bytes that it asks for
+        parts.append(part)
+        size += len(part)
+        if size > limit:
+            raise DataError(f"{name}: has more than {limit >> 20} MiB; split it, or convert it to text")
+    return b"".join(parts)
 
 
 def html_text(page: bytes, name: str, encoding: str | None = None) -> str:

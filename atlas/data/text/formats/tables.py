@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import shlex
 from collections import deque
@@ -108,10 +109,11 @@ class ColumnarFile:
     def __init__(self, stream: IO[bytes], name: str, *, is_parquet: bool) -> None:
         self.name = name
         with _damage(name, "Parquet" if is_parquet else "Arrow"):
+            bounded = _Bounded(stream)
             if is_parquet:
                 from pyarrow import parquet
 
-                table = parquet.ParquetFile(stream, buffer_size=_BUFFER)
+                table = parquet.ParquetFile(bounded, buffer_size=_BUFFER)
                 self.schema = table.schema_arrow
                 self.num_rows: int | None = table.metadata.num_rows
                 self._metadata = table.metadata
@@ -119,9 +121,9 @@ class ColumnarFile:
             else:
                 from pyarrow import ipc
 
-                is_file = stream.read(6) == b"ARROW1"
-                stream.seek(0)
-                reader = ipc.open_file(stream) if is_file else ipc.open_stream(stream)
+                is_file = bounded.read(6) == b"ARROW1"
+                bounded.seek(0)
+                reader = ipc.open_file(bounded) if is_file else ipc.open_stream(bounded)
                 self.schema, self.num_rows, self._metadata = reader.schema, None, None
                 self._batches = partial(_arrow_batches, reader, is_file=is_file)
 
@@ -154,6 +156,30 @@ class ColumnarFile:
             raise DataError(
                 f"{self.name}: column {column!r} is {kind}, not text; name the column of the text"
             )
+
+
+class _Bounded(io.RawIOBase):
+    """A stream whose reads ask for at most the bytes that are left. A damaged length would reserve gigabytes."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._size = stream, stream.seek(0, io.SEEK_END)
+        stream.seek(0)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return self._stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+    def read(self, size: int = -1, /) -> bytes:
+        left = max(0, self._size - self._stream.tell())
+        return self._stream.read(left if size < 0 else min(size, left))
 
 
 def _is_text(kind: Any) -> bool:
