@@ -225,7 +225,7 @@ def test_a_dataset_repository_gives_its_rows(tmp_path: Path) -> None:
     sources = Sources([write_folder(tmp_path / "in", files)])
     assert [file.basename for file in sources.files] == ["train.json"]
     [note] = sources.notes(SourceReport())
-    assert re.match(r"2 files are left out, [\d.]+ kB: no rows, beside files of rows \(", note)
+    assert re.match(r"2 files are left out, [\d.]+ (kB|bytes?): no rows, beside files of rows \(", note)
     assert "README.md" in note
     assert "LICENSE" in note
 

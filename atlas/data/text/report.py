@@ -31,7 +31,9 @@ def counted(number: int, noun: str) -> str:
 
 
 def megabytes(size: int) -> str:
-    """Return a size in bytes as text in MB, or in kB if it is below 0.1 MB."""
+    """Return a size in bytes as text in MB, or in kB if it is below 0.1 MB, or in bytes if it is below 1 kB."""
+    if size < 1000:
+        return counted(size, "byte")
     return f"{size / 1e6:,.2f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
 
 
