@@ -149,7 +149,7 @@ def test_ten_megabytes_through_every_reader(place: Path) -> None:
     total = peak = 0
 
     @given(st.sampled_from(READERS), edits, made, st.integers(1, 1500))
-    @settings(deadline=None, max_examples=900, database=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(deadline=None, max_examples=300, database=None, suppress_health_check=[HealthCheck.too_slow])
     def through_all(
         reader: Format, changes: list[tuple[float, int, list[bytes]]], new: bytes, times: int
     ) -> None:
@@ -163,11 +163,11 @@ def test_ten_megabytes_through_every_reader(place: Path) -> None:
 
     tracemalloc.start()
     try:
-        through_all()
+        while total < 10_000_000:
+            through_all()
     finally:
         tracemalloc.stop()
     print(
         f"{next(read):,} files, {total:,} bytes through each of {len(READERS)} readers; peak {peak:,} bytes"
     )
-    assert total > 10_000_000
     assert peak < MOST_MEMORY
