@@ -18,23 +18,23 @@ _MOST_KINDS = 12
 
 
 def print_kinds(source: Mapping[str, Any], *, err: bool = False) -> None:
-    """Print what a dataset was made from: for each kind of file its files, documents and bytes, the largest first."""
+    """Print what a dataset was made from: the files, documents and characters of each kind of file, largest first."""
     try:
         rows = [(str(kind), *map(int, counts)) for kind, counts in source["kinds"].items()]
         numbers = np.array([counts for _, *counts in rows], np.int64).reshape(len(rows), 3)
     except (LookupError, AttributeError, TypeError, ValueError, OverflowError):
         return  # made by an earlier version, or by another program
-    order = (-numbers[:, 1]).argsort(kind="stable")
+    order = (-numbers[:, 2]).argsort(kind="stable")
     names, numbers = [rows[place][0] for place in order], numbers[order]
     if len(names) > _MOST_KINDS:
         last = _MOST_KINDS - 1
         names, numbers = [*names[:last], "others"], np.vstack([numbers[:last], numbers[last:].sum(0)])
-    total = max(1, int(numbers[:, 1].sum()))
+    total = max(1, int(numbers[:, 2].sum()))
     typer.echo("\nread, before cleaning", err=err)
-    header = ("kind of file", "files", "documents", "bytes", "share")
+    header = ("kind of file", "files", "documents", "characters", "share")
     table = [
-        (name, f"{files:,}", f"{documents:,}", f"{size:,}", f"{size / total:.1%}")
-        for name, (files, size, documents) in zip(names, numbers.tolist(), strict=True)
+        (name, f"{files:,}", f"{documents:,}", f"{characters:,}", f"{characters / total:.1%}")
+        for name, (files, documents, characters) in zip(names, numbers.tolist(), strict=True)
     ]
     print_table([header, *table], right={1, 2, 3, 4}, err=err)
 
@@ -53,7 +53,7 @@ def print_documents(dataset: PreparedDataset, *, count: int, err: bool = False) 
         typer.echo("\n" + printable(f"texts cannot be shown: {reason}"), err=err)
         return None
     excerpts = sample_documents(stream, tokenizer, count=count)
-    what = "random document" if len(excerpts) == 1 else f"{len(excerpts)} random documents"
+    what = "1 random document" if len(excerpts) == 1 else f"{len(excerpts)} random documents"
     typer.echo(f"\n{what} of train, each after its number of tokens", err=err)
     print_table(
         [(f"{excerpt.tokens:,}", printable(excerpt.text)) for excerpt in excerpts], right={0}, err=err

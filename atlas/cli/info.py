@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -117,12 +116,16 @@ def info(
 
 def _is_of_conversations(path: Path, chat_format: str | None) -> bool:
     from atlas.data.sequences.conversations import holds_conversations
+    from atlas.data.text.selection import AmbiguousRowsError
 
     if path.suffix in (".gguf", ".yaml", ".yml") or (path.is_dir() and any(path.glob("*.pt"))):
         return False
-    with suppress(AtlasError):
+    try:
         return holds_conversations(path, chat_format)
-    return False
+    except AmbiguousRowsError:
+        raise
+    except AtlasError:
+        return False  # another kind of file
 
 
 def _tokenizer(path: Path) -> Facts:

@@ -153,7 +153,7 @@ def _print_summary(summary: Summary) -> None:
         if record.documents:
             say(
                 f"cleaning: {step}: {counted(record.documents, 'document')} {what}, "
-                f"{counted(record.characters, 'character')} fewer"
+                f"{counted(abs(record.characters), 'character')} {'more' if record.characters < 0 else 'fewer'}"
             )
     if "duplicates" in manifest.cleaning:
         kept = sum(split.documents for split in manifest.splits.values())
@@ -166,8 +166,8 @@ def _print_summary(summary: Summary) -> None:
     typer.echo(f"{folder}: {_tokenizer(manifest)}")
     for name, split in manifest.splits.items():
         typer.echo(
-            f"{name:<6}{split.documents:>12,} documents {split.tokens:>16,} tokens "
-            f"{split.bytes:>16,} bytes  {split.bytes / split.tokens:.2f} bytes per token"
+            f"{name:<6}{split.documents:>12,} {'document ' if split.documents == 1 else 'documents'} "
+            f"{split.tokens:>16,} tokens {split.bytes:>16,} bytes  {split.bytes / split.tokens:.2f} bytes per token"
         )
     # The larger presets require GPT-2's vocabulary; the nano presets accept any vocabulary.
     larger = " (on a GPU: --config small)" if manifest.tokenizer["name"] == "gpt2" else ""

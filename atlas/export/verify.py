@@ -103,7 +103,7 @@ class Proof:
     @property
     def checks(self) -> list[tuple[str, bool, str]]:
         """For each of the four checks: the name, whether the check passed, and details."""
-        file = f"{self.num_tensors} {self.quantize} tensors, shape, vocabulary"
+        file = f"{self.num_tensors} tensors as {self.quantize} files have them, shape, vocabulary"
         texts = f"{self.num_text_tokens:,} tokens of {self.num_texts} texts"
         logprobs = f"{self.num_logprobs:,} compared, largest difference {self.largest_difference:.1e}"
         steps = f"{self.num_steps:,} tokens, {self.near_ties} near-ties, {self.wrong_steps} different"

@@ -219,7 +219,7 @@ def test_packed_files_windows_line_ends_and_bytes_that_are_not_utf8(
     path.write_bytes(gzip.compress(b"\r\n".join(lines)))
     read, _, notes = read_conversations(path, bpe, val_fraction=0)
     assert said_in(read, bpe) == ["caf\ufffd<|endoftext|>", "b<|endoftext|>"]
-    assert "1 bytes cannot be decoded" in "\n".join(notes)
+    assert "1 byte replaced by U+FFFD" in "\n".join(notes)
 
 
 def test_held_out_conversations_that_are_too_long_are_ignored(

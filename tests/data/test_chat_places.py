@@ -97,7 +97,7 @@ def test_a_few_rows_without_an_answer_are_named_and_left_out(tmp_path: Path) -> 
     path = write(tmp_path / "a.jsonl", lines(rows))
     chats, _, notes = read_conversations(path, Tokenizer.gpt2(), val_fraction=0)
     assert len(chats.ends) == 6
-    assert "2 rows or files are left out as unreadable:" in notes
+    assert "2 rows or files are left out, since they cannot be used:" in notes
     assert f"{path} line 7: has no answer" in notes
     with pytest.raises(AtlasError, match="line 7: has no answer"):
         read_conversations(path, Tokenizer.gpt2(), val_fraction=0, on_error="stop")
@@ -160,7 +160,7 @@ def test_the_first_rows_decide_not_the_first(tmp_path: Path) -> None:
     assert holds_conversations(path)
     chats, _, notes = read_conversations(path, Tokenizer.gpt2(), val_fraction=0.0)
     assert len(chats.ends) == 12
-    assert "3 rows or files are left out as unreadable:" in notes
+    assert "3 rows or files are left out, since they cannot be used:" in notes
 
 
 def test_names_of_fields_may_have_capitals(tmp_path: Path) -> None:
@@ -185,3 +185,12 @@ def test_info_shows_a_folder_and_a_pattern_of_chats(
         assert "6 conversations to train on" in capsys.readouterr().out
     assert main(["info", str(tmp_path / "README.md"), "--chat-format", "openai"]) == 2
     assert "--chat-format: is for conversations" in capsys.readouterr().err
+
+
+def test_info_explains_rows_with_a_text_and_messages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text(lines([{"text": "words"} | row for row in ROWS]), encoding="utf-8")
+    assert main(["info", str(tmp_path / "a.jsonl")]) == 2
+    assert "its rows have both a text and messages" in capsys.readouterr().err
+    assert main(["info", str(tmp_path / "a.jsonl"), "--chat-format", "openai"]) == 0

@@ -297,7 +297,7 @@ def test_a_few_bad_rows_are_left_out_and_named(tmp_path: Path) -> None:
         f"{path} line 201: is not JSON: Expecting value at character 10; every line must be one JSON object"
     )
     assert summary.notes[-2:] == [
-        f"1 row or file is left out as unreadable, see {tmp_path}/out/left_out.txt:",
+        f"1 row or file is left out, since it cannot be used, see {tmp_path}/out/left_out.txt:",
         reason,
     ]
     assert (tmp_path / "out" / "left_out.txt").read_text() == reason + "\n"
@@ -521,3 +521,42 @@ def test_a_book_that_unpacks_to_very_much_is_a_bomb(tmp_path: Path, monkeypatch:
     (tmp_path / "a.epub").write_bytes(epub(**chapters))
     with pytest.raises(AtlasError, match="--trust-archives"):
         documents_of(tmp_path / "a.epub")
+
+
+def test_what_a_wiki_loses_is_counted_and_words_stay_apart(tmp_path: Path) -> None:
+    page = (
+        "One<br />two<br>three ({{IPA|x}}) four <source lang=c>int x;</source>[[:Category:Ships]] ends (see)."
+    )
+    redirect = (
+        "<page><title>R</title><ns>0</ns><redirect title='x'/><revision><text>#R</text></revision></page>"
+    )
+    talk = "<page><title>Talk:R</title><ns>1</ns><revision><text>words</text></revision></page>"
+    written = dump_of(page, "{{stub}}").replace("</mediawiki>", f"{redirect}{talk}</mediawiki>")
+    (tmp_path / "a.xml").write_text(written, encoding="utf-8")
+    report, sources = SourceReport(), Sources([tmp_path])
+    assert whole(sources.documents(report)) == ["Page 0\n\nOne\ntwo\nthree four Category:Ships ends (see)."]
+    assert "pages of a wiki that are left out: about the wiki itself 1, redirects 1, without text 1" in (
+        sources.notes(report)
+    )
+
+
+def test_a_pattern_may_name_the_folders_as_messages_do(tmp_path: Path) -> None:
+    write_folder(tmp_path / "in", {"nodejs/x.txt": "left out", "a.txt": "kept"})
+    for pattern in ("*/nodejs/*", "nodejs/*", "x.txt", f"{tmp_path}/in/nodejs/*"):
+        assert documents_of(tmp_path / "in", exclude=[pattern]) == ["kept"]
+
+
+def test_a_missing_package_is_the_first_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atlas.data.text.formats.sniff.find_spec", lambda name: None)
+    page = "<!doctype html><html><body><p>a page</p></body></html>"
+    write_folder(tmp_path / "in", {"a.html": page * 50, "b.pdf": "%PDF-1.4\n1 0 obj\0", "c.txt": "text"})
+    with pytest.raises(
+        AtlasError, match=r'to read more, pip install "atlas-llm\[html,pdf\]"; or leave them out'
+    ):
+        prepare([tmp_path / "in"], tmp_path / "out")
+
+
+def test_rows_after_an_error_do_not_decide_what_a_file_is(tmp_path: Path) -> None:
+    rows = '{"items": [{"name": "a"}, {"name": "b"}], "more": [{"x": 1}]}'
+    write_folder(tmp_path / "in", {"a.json": rows, "b.txt": "text " * 200})
+    assert documents_of(tmp_path / "in") == ["text " * 200]

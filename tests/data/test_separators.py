@@ -16,7 +16,7 @@ from atlas.data.text.report import SourceReport
 from atlas.data.text.sources import Reading, Sources
 from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
-from tests.archive import documents_of
+from tests.archive import documents_of, whole
 
 STORIES = [f"Story {n} is about geese. They sat by the mill." for n in range(40)]
 
@@ -31,7 +31,8 @@ def test_the_end_of_text_mark_separates_documents_and_is_no_text(between: str, t
     tokens = np.concatenate([np.load(path) for path, _ in dataset.train.files if "docs" not in path.name])
     assert (tokens == Tokenizer.gpt2().eos_id).sum() == len(STORIES)
     assert END_OF_TEXT not in Tokenizer.gpt2().decode(tokens[tokens != Tokenizer.gpt2().eos_id].tolist())
-    assert f"{len(STORIES)} documents, separated by {END_OF_TEXT}" in dataset.manifest.notes
+    note = f"{len(STORIES)} documents, separated by {END_OF_TEXT} ({tmp_path}/a.txt)"
+    assert note in dataset.manifest.notes
 
 
 def test_lines_that_are_a_percent_sign_separate_documents(tmp_path: Path) -> None:
@@ -108,3 +109,17 @@ def test_no_text_takes_quadratic_time(separator: str) -> None:
         separators.find(filler[: 1 << 18])
         separators.hint_at(filler[: 1 << 18])
         assert time.process_time() - begun < 10
+
+
+def test_lines_of_percent_between_comments_are_no_separator(tmp_path: Path) -> None:
+    tex = "% A comment of TeX.\n%\n% Another one.\n%\n\\chapter{One}\n%\n%    more\nText.\n" * 5
+    (tmp_path / "a.tex").write_text(tex)
+    assert documents_of(tmp_path / "a.tex") == [tex]
+
+
+def test_the_first_file_with_a_separator_is_named(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_text("One.\n%\nTwo.\n%\nThree.\n%\nFour.\n")
+    report, sources = SourceReport(), Sources([tmp_path])
+    assert len(whole(sources.documents(report))) == 12
+    assert f"12 documents, separated by lines that are % ({tmp_path}/a …)" in sources.notes(report)

@@ -29,9 +29,11 @@ def require_most(sources: Sources, ask: Callable[[str], bool] | None) -> None:
     for line in choice.notes():
         notify(line)
     if ask is None or not ask(f"leave out {share:.0%} of the bytes in {sources.names}?"):
+        command = choice.install_command()
+        install = f"to read more, {command}; or " if command else ""
         raise DataError(
-            f"{sources.names}: {share:.0%} of the bytes are in files that Atlas does not read (see above); leave them "
-            f"out with atlas prepare {choice.exclude_options()}, or choose files with --include PATTERN"
+            f"{sources.names}: {share:.0%} of the bytes are in files that Atlas does not read (see above); {install}"
+            f"leave them out with atlas prepare {choice.exclude_options()}, or choose files with --include PATTERN"
         )
 
 

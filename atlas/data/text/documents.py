@@ -93,6 +93,7 @@ class Group:
             for piece in self._documents(report, advance):
                 is_open = not piece.ends_document
                 report.documents[self.files[0].kind] += piece.ends_document
+                report.characters[self.files[0].kind] += len(piece.text)
                 yield piece
         except DataError as error:
             # A URL that cannot be read now may be readable at the next call.
@@ -143,7 +144,7 @@ def _text_documents(
     found = Boundaries()
     yield from separators.split_documents(all_chunks, separator, found)
     if found.gaps:
-        report.add_boundaries(separator.name, found)
+        report.add_boundaries(file.name, separator.name, found)
     else:
         report.unseparated += 1
 
@@ -167,7 +168,7 @@ def _articles(
 def _extracted(file: TextFile, reading: Reading, report: SourceReport, advance: Advance) -> Iterator[Piece]:
     found = Boundaries()
     yield from mediawiki.extracted_articles(_text(file, reading, report, advance), found)
-    report.add_boundaries("<doc> elements", found)
+    report.add_boundaries(file.name, "<doc> elements", found)
 
 
 def _dump(file: TextFile, reading: Reading, report: SourceReport, advance: Advance) -> Iterator[Piece]:
@@ -175,7 +176,7 @@ def _dump(file: TextFile, reading: Reading, report: SourceReport, advance: Advan
         report.add_fault(error, reading.on_error)
 
     with file.open(advance) as stream:
-        for article in mediawiki.dump_articles(stream, file.name, on_bad):
+        for article in mediawiki.dump_articles(stream, file.name, on_bad, report.pages_left_out):
             yield from as_document([article])
 
 

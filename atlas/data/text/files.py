@@ -26,6 +26,7 @@ Advance = Callable[[int], None]
 
 _PART = re.compile(r"wiki_\d+")
 _BUFFER = 1 << 20
+_ENDING = re.compile(r"(?:\.[a-z][a-z0-9_+-]{0,8})?\.(?:gz|bz2|xz|zst)$|\.[a-z][a-z0-9_+-]{0,8}$")
 HTTP = ("http://", "https://")
 _FEW_BYTES = 4096
 """Bytes that show what most files are. There may be hundreds of thousands of small files."""
@@ -81,9 +82,9 @@ class TextFile:
 
     @property
     def kind(self) -> str:
-        """The format and the ending of the name, for tables, such as `text (.md)`."""
-        ending = posixpath.splitext(self.basename)[1]
-        return f"{NAMES[self.format]} ({ending.lower()})" if 1 < len(ending) <= 10 else NAMES[self.format]
+        """The format and the ending of the name, for tables, such as `text (.md)` or `text (.md.gz)`."""
+        found = _ENDING.search(self.basename.lower())
+        return f"{NAMES[self.format]} ({found[0]})" if found else NAMES[self.format]
 
     @contextmanager
     def open(self, advance: Advance = lambda _: None) -> Iterator[io.BufferedReader]:

@@ -22,7 +22,7 @@ MOST_UNSURE = 0.1
 """Atlas stops if files with more than this share of the bytes cannot be read, or not to their end."""
 _FREE_FAULTS, _FAULT_SHARE = 5, 0.001
 _KINDS_SHOWN, BOUNDARIES_SHOWN, _FAULTS_SHOWN = 10, 3, 10
-_DETAIL = re.compile(r"'[^']*'|[\d,]+")
+_DETAIL = re.compile(r"\(.*|'[^']*'|[\d,]+")
 
 
 def counted(number: int, noun: str) -> str:
@@ -54,8 +54,14 @@ class SourceReport(BaseModel):
     """Number of rows without text, by kind of file."""
     documents: Counter[str] = Field(default_factory=Counter)
     """Number of documents, by kind of file."""
+    characters: Counter[str] = Field(default_factory=Counter)
+    """Number of characters in the documents, by kind of file."""
+    pages_left_out: Counter[str] = Field(default_factory=Counter)
+    """Number of pages of wikis that are no articles, by what they are."""
     separators: Counter[str] = Field(default_factory=Counter)
     """Number of documents that each separator gave."""
+    separated: dict[str, str] = Field(default_factory=dict)
+    """Separator → the first file with it, and `…` if there are more."""
     unseparated: int = 0
     """Number of files in which the separator that the user named was not found."""
     boundaries: list[str] = Field(default_factory=list)
@@ -75,18 +81,21 @@ class SourceReport(BaseModel):
     def notes(self) -> Iterator[str]:
         """Yield notes for the user, one line each, except those on faults."""
         for name, count in self.undecodable.items():
-            yield f"{name}: {count:,} bytes cannot be decoded and were replaced by U+FFFD"
+            yield f"{name}: {counted(count, 'byte')} replaced by U+FFFD, since no text has such bytes"
         for kind, count in self.empty_rows.items():
             yield f"{kind}: {counted(count, 'row')} without text"
         for encoding, count in self.encodings.items():
             which = self.encoded[encoding] if count == 1 else f"{count:,} files ({self.encoded[encoding]} …)"
             yield f"{which}: not UTF-8; decoded as {encoding}"
         for separator, count in self.separators.items():
-            yield f"{counted(count, 'document')}, separated by {separator}"
+            yield f"{counted(count, 'document')}, separated by {separator} ({self.separated[separator]})"
         if self.unseparated:
             yield f"--separator was not found in {counted(self.unseparated, 'file')}; each is one document"
         yield from (f"boundary: {boundary}" for boundary in self.boundaries)
         yield from (f"{name}: is read as one document; {hint}" for hint, name in self.hints.items())
+        if self.pages_left_out:
+            pages = ", ".join(f"{what} {count:,}" for what, count in sorted(self.pages_left_out.items()))
+            yield f"pages of a wiki that are left out: {pages}"
         if self.untitled:
             yield (
                 f"{counted(self.untitled, 'file')} named like those of the Kaggle archive, but without a title: each "
@@ -100,10 +109,20 @@ class SourceReport(BaseModel):
 
     def merge(self, other: SourceReport) -> None:
         """Add `other`, the report on the text that follows."""
-        for counts in ("undecodable", "encodings", "empty_rows", "documents", "separators"):
+        for counts in (
+            "undecodable",
+            "encodings",
+            "empty_rows",
+            "documents",
+            "characters",
+            "pages_left_out",
+            "separators",
+        ):
             getattr(self, counts).update(getattr(other, counts))
         self.hints = other.hints | self.hints
         self.encoded = other.encoded | self.encoded
+        for separator, name in other.separated.items():
+            self._add_separated(separator, name)
         self.unseparated += other.unseparated
         self.boundaries = [*self.boundaries, *other.boundaries][:BOUNDARIES_SHOWN]
         self.faults = [*self.faults, *other.faults][:MOST_NAMED]
@@ -119,8 +138,10 @@ class SourceReport(BaseModel):
         """Yield the number of rows and files that cannot be read, and the first of them. `where` says where all are
         named."""
         if self.faults:
-            what = "row or file is" if self.num_faults == 1 else "rows or files are"
-            yield f"{self.num_faults:,} {what} left out as unreadable{where}:"
+            if self.num_faults == 1:
+                yield f"1 row or file is left out, since it cannot be used{where}:"
+            else:
+                yield f"{self.num_faults:,} rows or files are left out, since they cannot be used{where}:"
             yield from self.faults[:_FAULTS_SHOWN]
 
     def add_undecodable(self, name: str, count: int) -> None:
@@ -132,10 +153,15 @@ class SourceReport(BaseModel):
         self.encodings[encoding] += 1
         self.encoded.setdefault(encoding, name)
 
-    def add_boundaries(self, separator: str, found: Boundaries) -> None:
+    def add_boundaries(self, name: str, separator: str, found: Boundaries) -> None:
         """Record how a file was separated."""
+        self._add_separated(separator, name)
         self.separators[separator] += found.documents
         self.boundaries = [*self.boundaries, *found.shown][:BOUNDARIES_SHOWN]
+
+    def _add_separated(self, separator: str, name: str) -> None:
+        before = self.separated.get(separator)
+        self.separated[separator] = name if before is None else f"{before.removesuffix(' …')} …"
 
     def add_fault(self, error: DataError, on_error: str | None) -> None:
         """Record a row or file that cannot be read. Raises `DataError` if `on_error` is `stop`, or if there are more

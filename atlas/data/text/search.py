@@ -137,8 +137,8 @@ class Search:
 
     def _is_wanted(self, file: TextFile, given: str) -> bool:
         """Return whether the user's patterns admit a file below the path `given`."""
-        name = file.name.removeprefix(given).lstrip("/")
-        matched = {pattern for pattern in self._include | self._exclude if matches(name, pattern)}
+        names = file.name, file.name.removeprefix(given).lstrip("/"), file.basename
+        matched = {pattern for pattern in self._include | self._exclude if matches(names, pattern)}
         self.unmatched -= matched
         return bool(matched & self._include or not self._include) and not matched & self._exclude
 

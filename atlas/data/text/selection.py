@@ -5,9 +5,11 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import posixpath
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from atlas.data.text.documents import BOTH, Reading, read_rows
@@ -27,7 +29,12 @@ _ABOUT = (
 """Beginnings of the names of texts about the other files."""
 _AS_TEXT: tuple[Format, ...] = ("text", "jsonl", "json", "csv", "html")
 _SHOWN, _MOST_PATTERNS = 3, 6
+_EXTRA = re.compile(r'pip install "atlas-llm\[(\w+)\]"')
 _ROWS_LOOKED_AT = 20
+
+
+class AmbiguousRowsError(DataError):
+    """Rows with both a text and messages, between which only the user can decide."""
 
 
 @dataclass
@@ -65,6 +72,11 @@ class Choice:
         left_out = sum(map(_size, self.left_out.values()))
         return left_out / max(1, left_out + _size(self.files))
 
+    def install_command(self) -> str:
+        """Return the command that installs the packages for the files that are left out, or an empty string."""
+        extras = {extra for reason in self.left_out for extra in _EXTRA.findall(reason)}
+        return f'pip install "atlas-llm[{",".join(sorted(extras))}]"' if extras else ""
+
     def exclude_options(self) -> str:
         """Return the options, as few as possible, with which the user would agree that much is left out."""
         kept_endings, kept_names = (
@@ -97,9 +109,9 @@ def _size(files: Iterable[TextFile]) -> int:
     return sum(file.size for file in files)
 
 
-def matches(name: str, pattern: str) -> bool:
-    """Return whether a name with its folders, or without them, matches a pattern. `*` matches `/` too."""
-    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(posixpath.basename(name), pattern)
+def matches(names: Iterable[str], pattern: str) -> bool:
+    """Return whether one of the names matches a pattern. `*` matches `/` too."""
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
 def choose(
@@ -197,7 +209,7 @@ def refuse_conversations(file: TextFile, kind: str, reading: Reading) -> None:
             "conversations to atlas train --train-data, or name the field of a text with --text-field"
         )
     if kind == "both":
-        raise DataError(
+        raise AmbiguousRowsError(
             f"{file.name}: its rows have {BOTH}; for the text, run atlas prepare with --text-field "
             f"{reading.text_field}; for the conversations, run atlas train with --chat-format openai"
         )
@@ -206,12 +218,12 @@ def refuse_conversations(file: TextFile, kind: str, reading: Reading) -> None:
 def kind_of_rows(file: TextFile, reading: Reading) -> str:
     """Return what most of the first rows of a file are: `document` if they have the text field, `conversation`, or
     `other`. The kind is `both` if a row has a text and a list of messages. A file without rows is a `document`."""
-    try:
+    kinds = Counter[str]()
+    with suppress(DataError):  # the error is reported when the file is read
         rows = read_rows(file, replace(reading, on_error="skip"), SourceReport(), lambda _: None)
         values = (row.value for row in rows if row.value)
-        kinds = Counter(_kind_of(value, reading) for value in itertools.islice(values, _ROWS_LOOKED_AT))
-    except DataError:
-        return "document"  # the error is reported when the file is read
+        for value in itertools.islice(values, _ROWS_LOOKED_AT):
+            kinds[_kind_of(value, reading)] += 1
     return "both" if "both" in kinds else max(kinds, key=lambda kind: kinds[kind], default="document")
 
 

@@ -174,11 +174,9 @@ class Sources:
         }
 
     def _kinds(self, report: SourceReport) -> dict[str, tuple[int, int, int]]:
-        """Return the kinds of files, each with its numbers of files, bytes and documents."""
-        files, sizes = Counter(file.kind for file in self.files), Counter[str]()
-        for file in self.files:
-            sizes[file.kind] += file.size
-        return {kind: (files[kind], sizes[kind], report.documents[kind]) for kind in files}
+        """Return the kinds of files, each with its numbers of files, documents and characters."""
+        files = Counter(group.files[0].kind for group in self.groups for _ in group.files)
+        return {kind: (files[kind], report.documents[kind], report.characters[kind]) for kind in files}
 
     def notes(self, report: SourceReport) -> list[str]:
         """Return notes about the text for the user, one line each."""

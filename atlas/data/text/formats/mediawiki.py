@@ -6,6 +6,7 @@ The export format: https://www.mediawiki.org/wiki/Help:Export#Export_format
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 from xml.etree import ElementTree
@@ -19,7 +20,13 @@ _ARTICLES, _FILE, _CATEGORY = "0", "6", "14"
 """Numbers of namespaces. Only pages in the namespace of articles are read."""
 _LONGEST_PAGE = 4 << 20
 """MediaWiki stores at most 2 MiB per page."""
-_DROPPED_TAGS = ("ref", "table", "gallery", "math", "timeline", "score", "syntaxhighlight", "imagemap")
+_DROPPED_TAGS = (
+    "ref", "table", "gallery", "math", "chem", "timeline", "score", "syntaxhighlight", "source", "imagemap",
+)  # fmt: skip
+_LINE_BREAK, _BREAK = re.compile(r"<br\b[^<>]*>", re.I), "\ufdd0"
+"""The tag of a line break, and the character that stands for it while a page is parsed."""
+_NOTHING_IN_BRACKETS = re.compile(r" ?\([\s,;:]*\)")
+"""What a template in brackets leaves."""
 _MOST_OPEN = 500
 _BRACKETS = re.compile(r"(\{[{|]|\[\[|\[(?=\w+:)|<(?!br|hr|wbr|li|nowiki)[a-z])|(\}\}|\|\}|\]|</|/>)", re.I)
 """What opens or closes a template, a table, a link or a tag."""
@@ -31,9 +38,9 @@ _DOC_ENDS = Separator("<doc> elements", re.compile(r"</doc>\s*(?:<doc id=\"[^>\n
 _DOC_BEGINS = re.compile(r"\s*<doc id=\"[^>\n]*>")
 
 
-def dump_articles(stream: IO[bytes], name: str, on_bad: OnBad) -> Iterator[str]:
+def dump_articles(stream: IO[bytes], name: str, on_bad: OnBad, left_out: Counter[str]) -> Iterator[str]:
     """Yield the articles of a dump as plain text, each with its title first. Redirects and pages about the wiki itself
-    are left out. The error of a page with very many open brackets goes to `on_bad`.
+    are left out, and counted in `left_out`. The error of a page with very many open brackets goes to `on_bad`.
 
     Raises `DataError` if the dump is damaged.
     """
@@ -47,20 +54,18 @@ def dump_articles(stream: IO[bytes], name: str, on_bad: OnBad) -> Iterator[str]:
                 media.add((node.text or "").lower())
             elif event == "end" and tag == "page":
                 fields = {child.tag.rpartition("}")[2]: child for child in node.iter()}
-                wikitext = fields["text"].text if "text" in fields else None
-                if (
-                    wikitext
-                    and "redirect" not in fields
-                    and _text_of(fields.get("ns"), _ARTICLES) == _ARTICLES
-                ):
-                    title = _text_of(fields.get("title"), "")
-                    if _has_too_many_open(wikitext):
-                        reason = (
-                            f"has more than {_MOST_OPEN} brackets or tags that do not end; correct the page"
-                        )
-                        on_bad(DataError(f"{name}, page {title!r:.80}: {reason}"))
-                    elif text := plain_text(wikitext[:_LONGEST_PAGE], media):
-                        yield f"{title}\n\n{text}".strip()
+                wikitext, title = _text_of(fields.get("text"), ""), _text_of(fields.get("title"), "")
+                if "redirect" in fields:
+                    left_out["redirects"] += 1
+                elif _text_of(fields.get("ns"), _ARTICLES) != _ARTICLES:
+                    left_out["about the wiki itself"] += 1
+                elif _has_too_many_open(wikitext):
+                    reason = f"has more than {_MOST_OPEN} brackets or tags that do not end; correct the page"
+                    on_bad(DataError(f"{name}, page {title!r:.80}: {reason}"))
+                elif text := plain_text(wikitext[:_LONGEST_PAGE], media):
+                    yield f"{title}\n\n{text}".strip()
+                else:
+                    left_out["without text"] += 1
                 root.clear()
     except (ElementTree.ParseError, StopIteration, LookupError, ValueError) as error:
         raise DataError(f"{name}: is not a complete dump ({error}); download it again") from None
@@ -75,7 +80,7 @@ def plain_text(wikitext: str, media: set[str]) -> str:
     names of the namespaces of files and categories, in small letters."""
     import mwparserfromhell
 
-    page: Any = mwparserfromhell.parse(wikitext)
+    page: Any = mwparserfromhell.parse(_LINE_BREAK.sub(_BREAK, wikitext))
     # The contents are emptied, since removing each node from the page would take quadratic time.
     for tag in page.filter_tags(matches=lambda node: str(node.tag).strip().lower() in _DROPPED_TAGS):
         tag.contents = ""
@@ -85,7 +90,10 @@ def plain_text(wikitext: str, media: set[str]) -> str:
             prefix.strip().lower() in media or (_LANGUAGE.match(str(link.title)) and not link.text)
         ):
             link.text = ""
-    text = _SWITCH.sub("", page.strip_code(normalize=True, collapse=True))
+        elif str(link.title).startswith(":"):
+            link.title = str(link.title)[1:]
+    text = _SWITCH.sub("", page.strip_code(normalize=True, collapse=True)).replace(_BREAK, "\n")
+    text = _NOTHING_IN_BRACKETS.sub("", text)
     lines = (_BLANKS.sub(" ", line.strip()) for line in text.split("\n"))
     return _MANY_LINES.sub("\n\n", "\n".join(lines)).strip()
 

@@ -20,6 +20,7 @@ _SHOWN, _SHOWN_CHARS = 3, 40
 _FEWEST_MARKS, _FEWEST_LINES = 3, 50
 _LONGEST_GAP = 50_000
 _PERCENT = re.compile(r"^%[ \t]*\r?$", re.MULTILINE)
+_COMMENT = re.compile(r"^%[ \t]*[^%\s]", re.MULTILINE)
 _EMPTY_LINES = re.compile(r"\n[ \t\r]*\n[ \t\r]*\n")
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\f": "\f", r"\0": "\0"}
 
@@ -74,7 +75,8 @@ def find(sample: str) -> Separator | None:
     if sample.count(END_OF_TEXT) > 1 or re.search(rf"(?m)^{re.escape(END_OF_TEXT)}\s*$", sample):
         return Separator(END_OF_TEXT, re.compile(re.escape(END_OF_TEXT)))
     marks = len(_PERCENT.findall(sample))
-    if marks >= _FEWEST_MARKS and len(sample) / marks < _LONGEST_GAP:
+    comments = len(_COMMENT.findall(sample))  # as in TeX
+    if marks >= _FEWEST_MARKS and comments < marks / 2 and len(sample) / marks < _LONGEST_GAP:
         return Separator("lines that are %", _PERCENT)
     return None
 

@@ -32,13 +32,13 @@ NAMES: dict[Format, str] = {
     "text": "text",
     "jsonl": "JSON lines",
     "json": "JSON",
-    "csv": "a table (CSV or TSV)",
+    "csv": "table (CSV or TSV)",
     "parquet": "Parquet",
     "arrow": "Arrow",
     "html": "HTML",
     "pdf": "PDF",
     "epub": "EPUB",
-    "mediawiki": "a MediaWiki dump",
+    "mediawiki": "MediaWiki dump",
     "wikiextractor": "WikiExtractor's output",
 }
 _CHAT_FIELDS = (*LISTS, "chosen", *dict.fromkeys(asked for asked, _ in PAIRS))
