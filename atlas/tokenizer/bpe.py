@@ -31,7 +31,7 @@ from atlas.tokenizer.byte_level import (
 MAX_VOCAB_SIZE = 2**20
 _LONGEST_TOKEN = 2**16
 _LONGEST_WORD = 500
-_LONG_WORD = re.compile(rf"(\S{{{_LONGEST_WORD}}})(?=\S)")
+_LONG_RUN = re.compile(rf"(\S{{{_LONGEST_WORD}}})(?=\S)|(\s{{{_LONGEST_WORD}}})(?=\s)")
 SMALLEST_VOCAB_SIZE = len(BYTE_OF_CHAR) + 1
 _UNSUPPORTED = (
     "dropout",
@@ -103,8 +103,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, split: str = "gpt-2") -> BP
     `split` is a name in `SPLITS`.
 
     If the texts are too short for `vocab_size` tokens, the result has fewer tokens. A run of more than `_LONGEST_WORD`
-    characters without a blank, as in base64 or DNA, is trained on in parts, since the time grows with the square of
-    the length of a word.
+    characters without a blank, as in base64 or DNA, or of blanks, is trained on in parts, since the time grows with the
+    square of the length of a word.
     """
     check_vocab_size(vocab_size)
     tokenizer = HFTokenizer(models.BPE())
@@ -116,7 +116,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, split: str = "gpt-2") -> BP
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    parts = (part for text in texts for part in _LONG_WORD.split(well_formed(text)) if part)
+    parts = (part for text in texts for part in _LONG_RUN.split(well_formed(text)) if part)
     tokenizer.train_from_iterator(parts, trainer=trainer)
     return BPETokenizer.from_json(tokenizer.to_str(), origin="trained tokenizer")
 

@@ -504,7 +504,9 @@ def test_a_page_of_a_wiki_with_many_references_takes_little_time(tmp_path: Path)
     assert time.process_time() - start < 30  # quadratic: minutes
 
 
-@pytest.mark.parametrize("opening", ["{{a|", "[http://a.b ", "<div a=b ", "{|\n", "[[a|"])
+@pytest.mark.parametrize(
+    "opening", ["{{a|", "[http://a.b ", "<div a=b ", "{|\n", "[[a|", "<nowiki>", "<br ", "<li>"]
+)
 def test_a_page_of_a_wiki_with_very_many_open_brackets_is_left_out(opening: str, tmp_path: Path) -> None:
     pages = [f"An article about {n}." for n in range(6)]
     (tmp_path / "a.xml").write_text(dump_of(*pages, opening * 5000), encoding="utf-8")
@@ -560,3 +562,54 @@ def test_rows_after_an_error_do_not_decide_what_a_file_is(tmp_path: Path) -> Non
     rows = '{"items": [{"name": "a"}, {"name": "b"}], "more": [{"x": 1}]}'
     write_folder(tmp_path / "in", {"a.json": rows, "b.txt": "text " * 200})
     assert documents_of(tmp_path / "in") == ["text " * 200]
+
+
+@pytest.mark.parametrize("piece", ["<!--", "'''''a ", "<br>", "<hr/>", "<br />x "])
+def test_marks_of_a_wiki_that_never_end_take_little_time(piece: str, tmp_path: Path) -> None:
+    (tmp_path / "a.xml").write_text(dump_of("Words. " + piece * 50_000), encoding="utf-8")
+    start = time.process_time()
+    [document] = documents_of(tmp_path)
+    assert document.startswith("Page 0\n\nWords.")
+    assert time.process_time() - start < 30
+
+
+EXPORTS: dict[str, tuple[object, str]] = {
+    "telegram": (
+        {"name": "Us", "messages": [{"from": "Anna", "text": "Hi"}, {"from": "Ben", "text": "Yes"}]},
+        ".messages",
+    ),
+    "discord": (
+        {"guild": {"id": 1}, "messages": [{"content": "Hi", "author": {}}, {"content": "Yes"}]},
+        ".messages",
+    ),
+    "api": ({"status": "ok", "data": {"items": [{"body": "A text."}, {"body": "Another."}]}}, ".data.items"),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_rows_inside_an_object_are_named_with_the_command(name: str, tmp_path: Path) -> None:
+    content, place = EXPORTS[name]
+    (tmp_path / "a.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(AtlasError, match=rf"jq -c '{re.escape(place)}\[\]' FILE > FILE.jsonl"):
+        documents_of(tmp_path / "a.json", reading=Reading("text", names_text_field=True))
+
+
+NAMED = {
+    "a.ipynb": (
+        b'{\n "cells": [\n {"cell_type": "code"}]}',
+        "a Jupyter notebook; convert it with jupyter nbconvert",
+    ),
+    "Posts.xml": (
+        b'<?xml version="1.0"?>\n<posts>\n  <row Body="x" />\n</posts>',
+        "a dump of Stack Exchange",
+    ),
+    "a.txt": ("Ein Text ohne Marke.".encode("utf-16-le"), "if so, give --encoding utf-16-le"),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_more_files_are_named_with_what_reads_them(name: str, tmp_path: Path) -> None:
+    content, said = NAMED[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(AtlasError, match=re.escape(said)):
+        documents_of(tmp_path / name)

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from atlas.cli import main
 from atlas.config.model import ModelConfig
 from atlas.data import open_dataset, prepare
-from atlas.data.prepare.train_tokenizer import choose_split
+from atlas.data.prepare.train_tokenizer import choose_split, excerpts
 from atlas.data.text.formats import decode
 from atlas.errors import AtlasError
 from atlas.export import llama_cpp
@@ -174,3 +174,24 @@ def test_long_runs_without_a_blank_take_linear_time() -> None:
     assert time.process_time() - start < 60  # as one word: hours
     assert tokenizer.vocab_size == 2000
     assert tokenizer.decode(tokenizer.encode(dna)) == dna
+
+
+def test_long_runs_of_blanks_take_linear_time() -> None:
+    blanks = random.Random(1)
+    start = time.process_time()
+    for text in (" " * 300_000, "\n" * 300_000, "".join(blanks.choices(" \t", k=300_000))):
+        tokenizer = train_bpe([f"A heading\n{text}centred text\n" + "word " * 2000], 600)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert time.process_time() - start < 60
+
+
+@pytest.mark.parametrize("words", [6, 200, 3_000_000])
+def test_the_sample_has_whole_words_of_short_and_long_texts(words: int) -> None:
+    shuffle = random.Random(1)
+    texts = [" ".join(shuffle.choices(["word", "river", "mill"], k=words)) for _ in range(3_000_000 // words)]
+    total = sum(map(len, texts))
+    sample = [*excerpts(texts, 100_000 / total)]
+    assert 90_000 < sum(map(len, sample)) <= 100_000
+    cut = sum(text not in texts for text in sample) if words < 3_000_000 else 0
+    assert cut <= (0 if words == 6 else len(sample))
+    assert min(map(len, sample)) >= min(2000, *map(len, texts))

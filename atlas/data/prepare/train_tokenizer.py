@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
@@ -24,6 +23,7 @@ would not change the frequent merges."""
 _COMPARED_CHARS, _COMPARED_TOKENS = 1 << 20, 4096
 """Atlas compares splits by vocabularies of at most `_COMPARED_TOKENS` tokens, trained on about `_COMPARED_CHARS`
 characters."""
+_EXCERPT_CHARS = 2000
 _WORTH = 0.05
 """The share of tokens that Qwen3.5's split must save. With less, GPT-2's is better, which older programs know too."""
 _LONG = 1 << 24
@@ -42,12 +42,24 @@ def train_tokenizer_on(
 
     with byte_progress(sources.total_bytes, "comparing splits") as advance:
         share = _COMPARED_CHARS / max(1, sources.total_bytes)
-        sample = [text[: math.ceil(share * len(text))] for text in texts(advance)]
+        sample = [*excerpts(texts(advance), share)]
         split, notes = _in_thread(lambda: choose_split(sample, vocab_size))
     with byte_progress(sources.total_bytes, "training the tokenizer") as advance:
         stopped = threading.Event()
         tokenizer = _in_thread(lambda: train_bpe(_until(stopped, texts(advance)), vocab_size, split), stopped)
     return tokenizer, notes
+
+
+def excerpts(texts: Iterable[str], share: float) -> Iterator[str]:
+    """Yield about this share of the characters of all texts, spread over them: the beginnings of long texts, and some
+    of the short ones as a whole, since a few characters of each would cut their words."""
+    owed = 0.0
+    for text in texts:
+        owed += share * len(text)
+        if text and owed >= min(len(text), _EXCERPT_CHARS):
+            excerpt = text[: int(owed)]
+            owed -= len(excerpt)
+            yield excerpt
 
 
 def choose_split(sample: Iterable[str], vocab_size: int) -> tuple[str, list[str]]:

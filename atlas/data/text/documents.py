@@ -6,6 +6,7 @@ import functools
 import io
 import itertools
 import json
+import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ from atlas.data.text.hashes import written_at
 from atlas.data.text.report import SourceReport, TooManyFaultsError
 from atlas.errors import DataError
 
+_PLAIN_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 BOTH = "both a text and messages"
 """What only the user can decide between."""
 
@@ -292,6 +294,11 @@ def _text_of(row: Row, reading: Reading) -> str | None:
             f"{place}: is {json_name(value)}, not an object; every row must be like {{{json.dumps(text_field)}: …}}"
         )
     if text_field not in value:
+        if inside := _rows_inside(value):
+            raise DataError(
+                f"{place}: has no field {text_field!r}, but other rows inside; write them to a file of their own: "
+                f"jq -c '{inside}[]' FILE > FILE.jsonl"
+            )
         raise DataError(
             f"{place}: has no field {text_field!r} (fields: {shown_names(sorted(value))}); name the field of the text, "
             f"for example with atlas prepare --text-field {_likely_field(value)}"
@@ -305,6 +312,18 @@ def _text_of(row: Row, reading: Reading) -> str | None:
             "--text-field, or remove the row"
         )
     return text
+
+
+def _rows_inside(row: dict[str, Any], levels: int = 2) -> str | None:
+    """Return the path of a list of objects in a row, as `jq` writes it, such as `.data.items`, or None."""
+    for name, value in row.items():
+        if not _PLAIN_NAME.fullmatch(name):
+            continue
+        if isinstance(value, list) and len(value) > 1 and all(isinstance(item, dict) for item in value):
+            return f".{name}"
+        if isinstance(value, dict) and levels > 1 and (inside := _rows_inside(value, levels - 1)):
+            return f".{name}{inside}"
+    return None
 
 
 def _likely_field(row: dict[str, Any]) -> str:

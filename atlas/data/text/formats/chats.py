@@ -72,7 +72,7 @@ _WEIGHTS = ("weight", "train", "training", "loss")
 _KNOWN_IN_MESSAGE = {
     "role", "from", "content", "value", "text", "tool_calls", "function_call", "tool_call_id", *_WEIGHTS,
 }  # fmt: skip
-_FIELDS_SHOWN = 8
+_FIELDS_SHOWN, _ITEMS_LOOKED_AT = 8, 20
 
 
 class ChatReport(BaseModel):
@@ -126,7 +126,10 @@ def layout_of(value: object, forced: str | None = None) -> str | None:
     if not isinstance(value, dict):
         return None
     value = _in_small_letters(value)
-    layouts = [field for field in LISTS if isinstance(value.get(field), (list, str)) and value[field]]
+    is_list = _may_be_messages if forced is None else bool
+    layouts = [
+        field for field in LISTS if isinstance(value.get(field), (list, str)) and is_list(value[field])
+    ]
     layouts += ["/".join(pair) for pair in PAIRS if all(value.get(field) is not None for field in pair)]
     if isinstance(value.get("chosen"), list) and "prompt" not in value:
         layouts.append("chosen")
@@ -144,6 +147,28 @@ def _in_small_letters(row: dict[str, Any]) -> dict[str, Any]:
 def has_messages(row: object) -> bool:
     """Return whether a row has a list of messages, not only a field of such a name."""
     return isinstance(row, dict) and any(_is_list_of_messages(row.get(field)) for field in LISTS)
+
+
+def _may_be_messages(value: Any) -> bool:
+    """Return whether one of the first items is a message of a known role, a pair, or a list. Exports of messengers have
+    messages, too, but from people."""
+    if isinstance(value, str):
+        return bool(value)
+    return any(
+        not isinstance(item, dict)
+        or _role_name(item) in {*_ROLE_OF, *_CALLS}
+        or ("role" not in item and "from" not in item and layout_of(item) is not None)
+        for item in value[:_ITEMS_LOOKED_AT]
+    )
+
+
+def _unknown_role(message: dict[str, Any]) -> str:
+    known = ", ".join(sorted({*_ROLE_OF, *_CALLS}))
+    return f"the role {message.get('role', message.get('from'))!r:.40}; Atlas knows {known}"
+
+
+def _role_name(message: dict[str, Any]) -> str:
+    return str(message.get("role", message.get("from"))).strip().lower()
 
 
 def _is_list_of_messages(value: object) -> bool:
@@ -192,6 +217,9 @@ def _no_conversation(value: object, forced: str | None) -> str:
         return f"does not have the layout {forced}"
     if not isinstance(value, (dict, list)):
         return "is no conversation: a row is an object, or a list of messages"
+    lists = (value.get(field) for field in LISTS) if isinstance(value, dict) else ()
+    if strange := next((items for items in lists if _is_list_of_messages(items)), None):
+        return f"has {_unknown_role(strange[0])}"
     fields = ", ".join(str(field)[:40] for field in value) if isinstance(value, dict) else "a list"
     return (
         f"is no conversation (fields: {fields:.200}); a row has messages, conversations, or a pair such as prompt and "
@@ -295,12 +323,10 @@ def _messages(value: Any, place: str, found: Counter[str]) -> Iterator[Message]:
 
 
 def _message(message: dict[str, Any], place: str) -> Message:
-    written = message.get("role", message.get("from"))
-    name = str(written).strip().lower()
+    name = _role_name(message)
     role = "assistant" if name in _CALLS else _ROLE_OF.get(name)
     if role is None:
-        known = ", ".join(sorted({*_ROLE_OF, *_CALLS}))
-        raise DataError(f"{place}: has the role {written!r:.40}; Atlas knows {known}")
+        raise DataError(f"{place}: has {_unknown_role(message)}")
     field = next((field for field in ("content", "value", "text") if message.get(field) is not None), None)
     texts = [_text(message[field], place)] if field else []
     calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])

@@ -2,7 +2,8 @@
 
 Text that is not UTF-8 is decoded in the encoding that its bytes show, if they show one. Atlas cuts a long document into
 pieces, each time where a word ends and a blank begins. No split of `byte_level.SPLITS` joins text across such a cut, so
-the tokens of the pieces are the tokens of the document.
+the tokens of the pieces are the tokens of the document. Where a million characters have no such place, as in DNA, a cut
+can change the tokens beside it.
 """
 
 from __future__ import annotations

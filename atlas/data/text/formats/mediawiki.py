@@ -23,12 +23,13 @@ _LONGEST_PAGE = 4 << 20
 _DROPPED_TAGS = (
     "ref", "table", "gallery", "math", "chem", "timeline", "score", "syntaxhighlight", "source", "imagemap",
 )  # fmt: skip
-_LINE_BREAK, _BREAK = re.compile(r"<br\b[^<>]*>", re.I), "\ufdd0"
+_LINE_BREAK, _BREAK = re.compile(r"<[bh]r\b[^<>]*>", re.I), "\ufdd0"
 """The tag of a line break, and the character that stands for it while a page is parsed."""
+_COMMENT, _STYLE = re.compile(r"(?s)<!--.*?(?:-->|\Z)"), re.compile(r"'{2,}")
 _NOTHING_IN_BRACKETS = re.compile(r" ?\([\s,;:]*\)")
 """What a template in brackets leaves."""
 _MOST_OPEN = 500
-_BRACKETS = re.compile(r"(\{[{|]|\[\[|\[(?=\w+:)|<(?!br|hr|wbr|li|nowiki)[a-z])|(\}\}|\|\}|\]|</|/>)", re.I)
+_BRACKETS = re.compile(r"(\{[{|]|\[\[|\[(?=\w+:)|<[a-z])|(\}\}|\|\}|\]|</|/>)", re.I)
 """What opens or closes a template, a table, a link or a tag."""
 _LANGUAGE = re.compile(r"\s*[a-z]{2,3}(?:-[a-z-]+)?\s*:")
 _SWITCH = re.compile(r"__[A-Z]+__")
@@ -54,7 +55,10 @@ def dump_articles(stream: IO[bytes], name: str, on_bad: OnBad, left_out: Counter
                 media.add((node.text or "").lower())
             elif event == "end" and tag == "page":
                 fields = {child.tag.rpartition("}")[2]: child for child in node.iter()}
-                wikitext, title = _text_of(fields.get("text"), ""), _text_of(fields.get("title"), "")
+                wikitext, title = (
+                    _simpler(_text_of(fields.get("text"), "")),
+                    _text_of(fields.get("title"), ""),
+                )
                 if "redirect" in fields:
                     left_out["redirects"] += 1
                 elif _text_of(fields.get("ns"), _ARTICLES) != _ARTICLES:
@@ -62,7 +66,7 @@ def dump_articles(stream: IO[bytes], name: str, on_bad: OnBad, left_out: Counter
                 elif _has_too_many_open(wikitext):
                     reason = f"has more than {_MOST_OPEN} brackets or tags that do not end; correct the page"
                     on_bad(DataError(f"{name}, page {title!r:.80}: {reason}"))
-                elif text := plain_text(wikitext[:_LONGEST_PAGE], media):
+                elif text := plain_text(wikitext, media):
                     yield f"{title}\n\n{text}".strip()
                 else:
                     left_out["without text"] += 1
@@ -75,12 +79,19 @@ def _text_of(node: ElementTree.Element | None, default: str) -> str:
     return default if node is None else node.text or default
 
 
+def _simpler(wikitext: str) -> str:
+    """Return the wikitext without comments and marks of bold and italic letters, for which the parser needs quadratic
+    time if they do not end, and with `_BREAK` for each line break. A comment without an end takes the rest."""
+    without = _STYLE.sub("", _COMMENT.sub("", wikitext[:_LONGEST_PAGE]))
+    return _LINE_BREAK.sub(_BREAK, without)
+
+
 def plain_text(wikitext: str, media: set[str]) -> str:
     """Return the text of a page without templates, tables, references, pictures and categories. `media` contains the
     names of the namespaces of files and categories, in small letters."""
     import mwparserfromhell
 
-    page: Any = mwparserfromhell.parse(_LINE_BREAK.sub(_BREAK, wikitext))
+    page: Any = mwparserfromhell.parse(wikitext)
     # The contents are emptied, since removing each node from the page would take quadratic time.
     for tag in page.filter_tags(matches=lambda node: str(node.tag).strip().lower() in _DROPPED_TAGS):
         tag.contents = ""

@@ -72,7 +72,7 @@ def json_rows(chunks: Iterable[str], name: str) -> Iterator[Row]:
     except (ValueError, RecursionError) as error:
         place = f"{name} line {text.line}"
         raise NotJsonError(
-            f"{place}: is not JSON after {done:,} rows: {_reason(error)}; correct the file"
+            f"{place}: is not JSON after {done:,} {'row' if done == 1 else 'rows'}: {_reason(error)}; correct the file"
         ) from None
 
 

@@ -129,7 +129,17 @@ _TEXT = (
     ),
     (
         re.compile(r"WEBVTT|\d+\s*\n\d\d:\d\d:\d\d[,.]\d\d\d --> "),
-        Unread("subtitles", "sed -E '/^[0-9]+\\r?$|-->|^WEBVTT/d' NAME > NAME.txt"),
+        Unread(
+            "subtitles", "sed -E '/^[0-9]+\\r?$|-->|^.?.?.?WEBVTT|^(Kind|Language):/d; s/<[^>]*>//g' NAME > NAME.txt"
+        ),
+    ),
+    (
+        re.compile(r'\{\s*"cells"\s*:\s*\['),
+        Unread("a Jupyter notebook", "jupyter nbconvert --to markdown NAME", is_text=True),
+    ),
+    (
+        re.compile(r"(?:<\?xml[^>]*>\s*)?<(?:posts|comments)>\s*<row "),
+        Unread("a dump of Stack Exchange", "xmlstarlet sel -T -t -m //row -v @Body -v @Text -n NAME > NAME.html"),
     ),
 )  # fmt: skip
 _OFFICE_PARTS = (b"[Content_Types].xml", b"word/", b"xl/", b"ppt/", b"mimetypeapplication/vnd.oasis")
@@ -175,6 +185,8 @@ def _identify(beginning: bytes, name: str, text_field: str) -> Format | Unread:
     if b"\0" in beginning[:8000] and not beginning.startswith(_TEXT_MARKS):
         kind = (mimetypes.guess_type(name)[0] or "").partition("/")[0]
         known = {"image": "a picture", "audio": "sound", "video": "a video", "font": "a font"}
+        if kind not in known and (codec := _utf16_without_mark(beginning)):
+            return Unread(f"perhaps text in UTF-16 without a mark; if so, give --encoding {codec}")
         return Unread(known.get(kind, "a binary file"))
     text = as_text(beginning)
     for mark, what in _TEXT:
@@ -188,6 +200,14 @@ def _identify(beginning: bytes, name: str, text_field: str) -> Format | Unread:
     if ending in (".csv", ".tsv", ".tab") or _is_table(text, text_field):
         return "csv"
     return "text"
+
+
+def _utf16_without_mark(beginning: bytes) -> str | None:
+    """Return the codec of a text that has a zero byte in nearly every character, always at the same place, or None."""
+    shares = [half.count(0) / max(1, len(half)) for half in (beginning[:400:2], beginning[1:400:2])]
+    if len(beginning) < 20 or min(shares) > 0.1 or max(shares) < 0.9:
+        return None
+    return "utf-16-be" if shares[0] > shares[1] else "utf-16-le"
 
 
 def ending_of(name: str) -> str:
