@@ -76,7 +76,7 @@ def info(
                 f"--consolidate: converts a sharded checkpoint; {path} is not a checkpoint: omit --consolidate"
             )
         return info_checkpoint.consolidate(file, local_path("--consolidate", consolidate))
-    is_pattern = bool(glob.has_magic(path) and glob.glob(path, recursive=True))
+    is_pattern = bool(glob.glob(path, recursive=True))
     if not (file.exists() or is_pattern or is_checkpoint or path in preset_names()):
         raise AtlasError(f"{path}: no such file or folder, and no preset ({', '.join(preset_names())})")
     if (file / "dataset.json").exists():

@@ -35,7 +35,7 @@ SPLITS: dict[str, str | None] = {
 }
 """The splits of a text into words, by GGUF's names for them (`tokenizer.ggml.pre`), as regular expressions. None is
 GPT-2's split, which the library has. It cuts words at combining marks, which most words of Hindi, Tamil and Thai have.
-Qwen3.5's split does not. llama.cpp knows GPT-2's split since 2023, and Qwen3.5's since 2026."""
+Qwen3.5's split does not. Each llama.cpp knows GPT-2's split, but an older one does not know Qwen3.5's."""
 BYTE_OF_CHAR = {char: byte for byte, char in CHAR_OF_BYTE.items()}
 
 

@@ -65,8 +65,8 @@ def excerpts(texts: Iterable[str], share: float) -> Iterator[str]:
 def choose_split(sample: Iterable[str], vocab_size: int) -> tuple[str, list[str]]:
     """Return the split that suits a sample of a text, and a note if it is not GPT-2's.
 
-    GPT-2's split cuts a word at each combining mark, so that Hindi, Tamil and Bengali need two to three times as many
-    tokens as with Qwen3.5's, and Thai twice as many.
+    GPT-2's split cuts a word at each combining mark, so that Hindi, Tamil and Bengali need more than twice as many
+    tokens as with Qwen3.5's, and Thai about twice as many.
     """
     sample = [*sample]
     size = min(vocab_size, _COMPARED_TOKENS)
@@ -81,7 +81,7 @@ def choose_split(sample: Iterable[str], vocab_size: int) -> tuple[str, list[str]
     before, after = (num_bytes / max(1, tokens[split]) for split in ("gpt-2", "qwen35"))
     return "qwen35", [
         f"the new vocabulary splits words as Qwen3.5's does: in a sample, {after:.2f} bytes per token, with GPT-2's "
-        f"split {before:.2f}; a GGUF file then needs llama.cpp of 2026 or later"
+        f"split {before:.2f}; a GGUF file then needs a llama.cpp that knows Qwen3.5"
     ]
 
 
