@@ -53,8 +53,8 @@ INSIDE = {
     "config": "fields renamed user_code < model < config < loader < presets reference",
     "tokenizer": "base < byte_level chat custom < bpe foreign gpt2 < load",
     "data": "shards",
-    "data.text.formats": "chats code compression encodings < decode sniff rows < markup separators tables wikipedia "
-    "< mediawiki",
+    "data.text.formats": "code compression content encodings < chats decode < rows < sniff markup separators tables "
+    "wikipedia < mediawiki",
     "data.text": "archives demo folders hashes report stdin < files < documents < selection < search < sources",
     "data.prepare": "checks cleaning dedup listing shard_writer staleness workspace < split < batching tokenize "
     "train_tokenizer < merge ray_engine < workers < pipeline",

@@ -134,7 +134,7 @@ def _read(content: Any) -> tuple[list[str], list[Merge], int, str]:
     """Return the tokens in id order, the merges, the id of the end of text, and the name of the split. Raises
     `NotGPT2s`, whose message names the difference."""
     model: Any = content.get("model") if isinstance(content, dict) else None
-    _demand(isinstance(model, dict), "has no model")
+    _demand(isinstance(model, dict), "is no tokenizer.json: it has no model")
     _demand(model.get("type") == "BPE", f"its model is {model.get('type')!s:.40}, not BPE")
     for option in _UNSUPPORTED:
         _demand(not model.get(option), f"its BPE sets {option}")

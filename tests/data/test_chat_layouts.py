@@ -17,6 +17,13 @@ from tests.archive import documents_of
 ASKED, SAID = Message("user", "What is 2?"), Message("assistant", "It is 2.")
 TURNS = [{"role": "user", "content": "What is 2?"}, {"role": "assistant", "content": "It is 2."}]
 CALL = '<tool_call>{"name": "w", "arguments": {"city": "Rome"}}</tool_call>'
+
+
+def said(role: str, text: str) -> dict[str, object]:
+    """A message of ChatGPT's export."""
+    return {"author": {"role": role}, "content": {"content_type": "text", "parts": [text]}}
+
+
 LAYOUTS: dict[str, tuple[object, list[Message]]] = {
     "messages": (
         {
@@ -121,6 +128,73 @@ LAYOUTS: dict[str, tuple[object, list[Message]]] = {
             ]
         },
         [Message("user", "a"), Message("assistant", "b", False), ASKED, SAID],
+    ),
+    "ChatGPT's export": (
+        {
+            "title": "Sums",
+            "current_node": "d",
+            "mapping": {
+                "a": {"message": None, "parent": None, "children": ["b"]},
+                "b": {"message": said("system", ""), "parent": "a", "children": ["c"]},
+                "c": {"message": said("user", "What is 2?"), "parent": "b", "children": ["x", "t"]},
+                "x": {"message": said("assistant", "Replaced."), "parent": "c", "children": []},
+                "t": {
+                    "message": {"author": {"role": "assistant"}, "content": {"content_type": "thoughts"}},
+                    "parent": "c",
+                    "children": ["d"],
+                },
+                "d": {"message": said("assistant", "It is 2."), "parent": "t", "children": []},
+            },
+        },
+        [ASKED, SAID],
+    ),
+    "Claude's export": (
+        {
+            "name": "Sums",
+            "chat_messages": [
+                {
+                    "sender": "human",
+                    "text": "What is 2?",
+                    "content": [{"type": "text", "text": "What is 2?"}],
+                },
+                {
+                    "sender": "assistant",
+                    "text": "It is 2.",
+                    "content": [{"type": "thinking", "thinking": "2?"}, {"type": "text", "text": "It is 2."}],
+                },
+            ],
+        },
+        [ASKED, SAID],
+    ),
+    "Anthropic's tools": (
+        {
+            "messages": [
+                {"role": "user", "content": "Weather?"},
+                {
+                    "role": "assistant",
+                    "content": [{"type": "tool_use", "id": "c", "name": "w", "input": {"city": "Rome"}}],
+                },
+                {
+                    "role": "user",
+                    "content": [
+                        {
+                            "type": "tool_result",
+                            "tool_use_id": "c",
+                            "content": [{"type": "text", "text": "21"}],
+                        },
+                        {"type": "text", "text": "Well?"},
+                    ],
+                },
+                {"role": "assistant", "content": "21 degrees."},
+            ]
+        },
+        [
+            Message("user", "Weather?"),
+            Message("assistant", CALL),
+            Message("tool", "21"),
+            Message("user", "Well?"),
+            Message("assistant", "21 degrees."),
+        ],
     ),
     "preference": (
         {"prompt": "What is 2?", "chosen": "It is 2.", "rejected": "It is 3."},

@@ -294,7 +294,7 @@ def test_a_few_bad_rows_are_left_out_and_named(tmp_path: Path) -> None:
     path = bad_rows(tmp_path / "a.jsonl", 200, 1)
     summary = prepare([path], tmp_path / "out", workers=1)
     reason = (
-        f"{path} line 201: is not JSON: Expecting value at character 10; every line must be one JSON object"
+        f"{path} line 201: is not JSON: Expecting value at character 9; every line must be one JSON object"
     )
     assert summary.notes[-2:] == [
         f"1 row or file is left out, since it cannot be used, see {tmp_path}/out/left_out.txt:",

@@ -462,6 +462,47 @@ def test_the_likely_field_is_proposed(tmp_path: Path) -> None:
         documents_of(tmp_path / "a.jsonl")
 
 
+def test_the_first_rows_together_show_the_likely_field(tmp_path: Path) -> None:
+    rows = [
+        {"title": "Title", "content": None},
+        *({"title": "Title", "content": "A long text."} for _ in range(5)),
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(AtlasError, match=r"a.jsonl line 1: has no field 'text' .*--text-field content"):
+        documents_of(tmp_path / "a.jsonl")
+
+
+def test_lines_may_end_with_commas(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a,"},\n{"text": "b"}, \n{"text": "c"}\n')
+    assert documents_of(tmp_path / "a.jsonl") == ["a,", "b", "c"]
+
+
+def test_a_single_message_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(
+        '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
+    )
+    with pytest.raises(AtlasError, match=r"is a single message; .* jq -c \. FILE"):
+        documents_of(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("names", "named"),
+    [
+        (["train.txt", "test.txt", "validation.txt"], "2 files named like a test or validation set"),
+        (["data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"], "1 file named like a test"),
+        (["test.txt", "other.txt"], None),
+        (["trains.txt", "contest.txt"], None),
+    ],
+)
+def test_files_named_like_held_out_sets_are_said(names: list[str], named: str | None, tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "a"}\n' if name.endswith("l") else "a")
+    notes = [note for note in notes_of(tmp_path) if "named like" in note]
+    assert len(notes) == (named is not None)
+    assert all(str(named) in note for note in notes)
+
+
 def test_a_mark_is_no_part_of_a_text_whose_encoding_is_named(tmp_path: Path) -> None:
     for named, written in (("UTF8", "utf-8-sig"), ("utf-16-le", "utf-16"), ("utf-8-sig", "utf-8-sig")):
         (tmp_path / "a.txt").write_bytes("ab".encode(written))

@@ -8,16 +8,17 @@ import itertools
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from atlas.data.text.archives import BombError
 from atlas.data.text.files import Advance, TextFile, is_url, open_root
 from atlas.data.text.formats import markup, mediawiki, rows, separators, tables
-from atlas.data.text.formats.chats import has_messages
+from atlas.data.text.formats.chats import SINGLE_MESSAGE, has_messages, is_message
 from atlas.data.text.formats.code import is_code_name
 from atlas.data.text.formats.decode import (
     Decoding,
@@ -37,6 +38,8 @@ from atlas.data.text.report import SourceReport, TooManyFaultsError
 from atlas.errors import DataError
 
 _PLAIN_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+ROWS_LOOKED_AT = 20
+"""Number of rows at the beginning of a file that show what its rows are."""
 BOTH = "both a text and messages"
 """What only the user can decide between."""
 
@@ -277,15 +280,15 @@ def _field_texts(
 ) -> Iterator[str | None]:
     for row in read_rows(file, reading, report, advance):
         try:
-            text = _text_of(row, reading)
+            text = _text_of(row, reading, file)
         except DataError as error:
             report.add_fault(error, reading.on_error)
         else:
             yield text
 
 
-def _text_of(row: Row, reading: Reading) -> str | None:
-    """Return the text of a row, or None if the field is null."""
+def _text_of(row: Row, reading: Reading, file: TextFile) -> str | None:
+    """Return the text of a row of a file, or None if the field is null."""
     (place, value), text_field = row, reading.text_field
     if isinstance(value, str):
         return value  # an item of an array of texts
@@ -294,6 +297,8 @@ def _text_of(row: Row, reading: Reading) -> str | None:
             f"{place}: is {json_name(value)}, not an object; every row must be like {{{json.dumps(text_field)}: …}}"
         )
     if text_field not in value:
+        if is_message(value):
+            raise DataError(f"{place}: {SINGLE_MESSAGE}")
         if inside := _rows_inside(value):
             raise DataError(
                 f"{place}: has no field {text_field!r}, but other rows inside; write them to a file of their own: "
@@ -301,7 +306,7 @@ def _text_of(row: Row, reading: Reading) -> str | None:
             )
         raise DataError(
             f"{place}: has no field {text_field!r} (fields: {shown_names(sorted(value))}); name the field of the text, "
-            f"for example with atlas prepare --text-field {_likely_field(value)}"
+            f"for example with atlas prepare --text-field {_likely_field(file, reading)}"
         )
     if not reading.names_text_field and has_messages(value):
         raise DataError(f"{place}: has {BOTH}; name the field of the text with atlas prepare --text-field")
@@ -326,9 +331,15 @@ def _rows_inside(row: dict[str, Any], levels: int = 2) -> str | None:
     return None
 
 
-def _likely_field(row: dict[str, Any]) -> str:
-    """Return the name of the field that probably holds the text: the one with the longest string."""
-    lengths = {name: len(value) for name, value in row.items() if isinstance(value, str)}
+@functools.lru_cache(maxsize=64)
+def _likely_field(file: TextFile, reading: Reading) -> str:
+    """Return the name of the field that probably holds the text: the one with the most characters in the first rows."""
+    lengths = Counter[str]()
+    with suppress(DataError):  # it is reported when the row is read
+        rows = read_rows(file, replace(reading, on_error="skip"), SourceReport(), lambda _: None)
+        for row in itertools.islice(rows, ROWS_LOOKED_AT):
+            fields = row.value.items() if isinstance(row.value, dict) else ()
+            lengths.update({name: len(value) for name, value in fields if isinstance(value, str)})
     return shlex.quote(max(lengths, key=lambda name: lengths[name])) if lengths else "NAME"
 
 

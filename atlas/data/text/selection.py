@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from atlas.data.text.documents import BOTH, Reading, read_rows
+from atlas.data.text.documents import BOTH, ROWS_LOOKED_AT, Reading, read_rows
 from atlas.data.text.files import TextFile, is_url
 from atlas.data.text.formats import compression
 from atlas.data.text.formats.chats import has_messages, layout_of
 from atlas.data.text.formats.code import is_code_name
 from atlas.data.text.formats.sniff import ROWS, Format, Unread
-from atlas.data.text.report import SourceReport, megabytes
+from atlas.data.text.report import SourceReport, counted, megabytes
 from atlas.errors import DataError
 
 MOST_LEFT_OUT = 0.1
@@ -29,8 +29,8 @@ _ABOUT = (
 """Beginnings of the names of texts about the other files."""
 _AS_TEXT: tuple[Format, ...] = ("text", "jsonl", "json", "csv", "html")
 _SHOWN, _MOST_PATTERNS = 3, 6
+_SET_NAME = re.compile(r"(?:^|[/_.-])(train(?:ing)?|test|valid|val|validation|dev|eval)(?=[/_.-]|$)", re.I)
 _EXTRA = re.compile(r'pip install "atlas-llm\[(\w+)\]"')
-_ROWS_LOOKED_AT = 20
 
 
 class AmbiguousRowsError(DataError):
@@ -61,6 +61,14 @@ class Choice:
             names = ", ".join(file.name for file in files[:_SHOWN])
             more = " …" if len(files) > _SHOWN else ""
             yield f"{count} left out, {megabytes(_size(files))}: {reason} ({names}{more})"
+        sets = {file.name: found[-1] for file in self.files if (found := _SET_NAME.findall(file.name))}
+        held_out = [name for name, which in sets.items() if not which.lower().startswith("train")]
+        if 0 < len(held_out) < len(sets):
+            names = ", ".join(held_out[:_SHOWN]) + (" …" if len(held_out) > _SHOWN else "")
+            yield (
+                f"{counted(len(held_out), 'file')} named like a test or validation set, but used like the others "
+                f"({names}); leave files out with --exclude PATTERN"
+            )
 
     def names_with_reasons(self) -> Iterator[str]:
         """Yield one line for each file that is left out."""
@@ -222,7 +230,7 @@ def kind_of_rows(file: TextFile, reading: Reading) -> str:
     with suppress(DataError):  # the error is reported when the file is read
         rows = read_rows(file, replace(reading, on_error="skip"), SourceReport(), lambda _: None)
         values = (row.value for row in rows if row.value)
-        for value in itertools.islice(values, _ROWS_LOOKED_AT):
+        for value in itertools.islice(values, ROWS_LOOKED_AT):
             kinds[_kind_of(value, reading)] += 1
     return "both" if "both" in kinds else max(kinds, key=lambda kind: kinds[kind], default="document")
 

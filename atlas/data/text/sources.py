@@ -32,7 +32,7 @@ from atlas.progress import byte_progress
 __all__ = ["Advance", "Group", "Reading", "SourceReport", "Sources"]
 
 _LONGEST_ENDING = 8
-_VERSION = 4
+_VERSION = 5
 """The version of the rules by which files become documents."""
 
 

@@ -9,6 +9,7 @@
 | pairs | `prompt` and `response` or `completion`, `question` and `answer`, and so on | TRL, OpenOrca, FLAN |
 | preference | `prompt`, `chosen` and `rejected` | TRL, LLaMA-Factory |
 | bare list | the row itself is a list of messages | |
+| exports | `mapping`: a tree of messages; `chat_messages` | ChatGPT's and Claude's export of one's own chats |
 
 Any layout can have `system`, `history` and `tools` beside these fields. A message with `weight` 0 is read, but not
 learnt.
@@ -16,17 +17,17 @@ learnt.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel, Field
 
+from atlas.data.text.formats.content import as_json, calls_of, parsed, text_of, thread_of, without_results
 from atlas.errors import DataError
 from atlas.tokenizer.chat import Message
 
-LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "chat")
+LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "chat", "chat_messages")
 """Fields with a list of messages."""
 PAIRS = (
     ("prompt", "response"),
@@ -70,8 +71,12 @@ _CALLS = ("function_call", "tool_call")
 _WEIGHTS = ("weight", "train", "training", "loss")
 """Fields of a message that are 0 or false if the message is not to be learnt."""
 _KNOWN_IN_MESSAGE = {
-    "role", "from", "content", "value", "text", "tool_calls", "function_call", "tool_call_id", *_WEIGHTS,
+    "role", "from", "sender", "content", "value", "text", "tool_calls", "function_call", "tool_call_id", *_WEIGHTS,
 }  # fmt: skip
+SINGLE_MESSAGE = (
+    "is a single message; if the file is one conversation, write it as one row: jq -c . FILE > FILE.jsonl, then atlas "
+    "train --train-data FILE.jsonl"
+)
 _FIELDS_SHOWN, _ITEMS_LOOKED_AT = 8, 20
 
 
@@ -110,7 +115,7 @@ def parse_layout(name: str) -> str:
     Raises `DataError` for any other name.
     """
     layout = _COMMON_NAMES.get(name.lower(), name)
-    known = [*LISTS, *("/".join(pair) for pair in PAIRS), "chosen", "bare list"]
+    known = [*LISTS, *("/".join(pair) for pair in PAIRS), "chosen", "mapping", "bare list"]
     if layout not in known:
         raise DataError(
             f"--chat-format {name}: no such layout; give {', '.join(_COMMON_NAMES)}, or {', '.join(known)}"
@@ -133,6 +138,8 @@ def layout_of(value: object, forced: str | None = None) -> str | None:
     layouts += ["/".join(pair) for pair in PAIRS if all(value.get(field) is not None for field in pair)]
     if isinstance(value.get("chosen"), list) and "prompt" not in value:
         layouts.append("chosen")
+    if isinstance(value.get("mapping"), dict) and "current_node" in value:
+        layouts.append("mapping")
     if forced is not None:
         return forced if forced in layouts else None
     return layouts[0] if layouts else None
@@ -149,6 +156,11 @@ def has_messages(row: object) -> bool:
     return isinstance(row, dict) and any(_is_list_of_messages(row.get(field)) for field in LISTS)
 
 
+def is_message(row: object) -> bool:
+    """Return whether a row is a single message, as in a file that is one conversation."""
+    return isinstance(row, dict) and {"role", "content"} <= row.keys() and _role_name(row) in _ROLE_OF
+
+
 def _may_be_messages(value: Any) -> bool:
     """Return whether one of the first items is a message of a known role, a pair, or a list. Exports of messengers have
     messages, too, but from people."""
@@ -157,25 +169,29 @@ def _may_be_messages(value: Any) -> bool:
     return any(
         not isinstance(item, dict)
         or _role_name(item) in {*_ROLE_OF, *_CALLS}
-        or ("role" not in item and "from" not in item and layout_of(item) is not None)
+        or (_role_of(item) is None and layout_of(item) is not None)
         for item in value[:_ITEMS_LOOKED_AT]
     )
 
 
 def _unknown_role(message: dict[str, Any]) -> str:
     known = ", ".join(sorted({*_ROLE_OF, *_CALLS}))
-    return f"the role {message.get('role', message.get('from'))!r:.40}; Atlas knows {known}"
+    return f"the role {_role_of(message)!r:.40}; Atlas knows {known}"
+
+
+def _role_of(message: dict[str, Any]) -> Any:
+    return next((message[field] for field in ("role", "from", "sender") if field in message), None)
 
 
 def _role_name(message: dict[str, Any]) -> str:
-    return str(message.get("role", message.get("from"))).strip().lower()
+    return str(_role_of(message)).strip().lower()
 
 
 def _is_list_of_messages(value: object) -> bool:
     return (
         isinstance(value, list)
         and bool(value)
-        and all(isinstance(item, dict) and ("role" in item or "from" in item) for item in value)
+        and all(isinstance(item, dict) and _role_of(item) is not None for item in value)
     )
 
 
@@ -220,6 +236,8 @@ def _no_conversation(value: object, forced: str | None) -> str:
     lists = (value.get(field) for field in LISTS) if isinstance(value, dict) else ()
     if strange := next((items for items in lists if _is_list_of_messages(items)), None):
         return f"has {_unknown_role(strange[0])}"
+    if is_message(value):
+        return SINGLE_MESSAGE
     fields = ", ".join(str(field)[:40] for field in value) if isinstance(value, dict) else "a list"
     return (
         f"is no conversation (fields: {fields:.200}); a row has messages, conversations, or a pair such as prompt and "
@@ -237,8 +255,8 @@ def _in_fields(
     )
     first = "\n\n".join(
         [
-            *([_text(row[system], f"{place}, {system}")] if system else []),
-            *([f"Tools: {_as_json(row[tools])}"] if tools else []),
+            *([text_of(row[system], f"{place}, {system}")] if system else []),
+            *([f"Tools: {as_json(row[tools])}"] if tools else []),
         ]
     )
     messages = [*_after_system(row, layout, place, used, found)]
@@ -258,7 +276,9 @@ def _after_system(
     if "/" not in layout:
         value = row[layout]
         if isinstance(value, str):  # a CSV file, or a table with JSON in a column
-            value = _parsed(value, f"{place}, {layout}")
+            value = parsed(value, f"{place}, {layout}")
+        if layout == "mapping":
+            value = thread_of(value, row["current_node"])
         yield from _messages(value, place, found)
         return
     asked, answer = layout.split("/")
@@ -266,21 +286,21 @@ def _after_system(
         yield from _side(row[asked], "user", f"{place}, {asked}", found)
         yield from _side(row[answer], "assistant", f"{place}, {answer}", found)
         return
-    question = [_text(row[asked], f"{place}, {asked}")]
+    question = [text_of(row[asked], f"{place}, {asked}")]
     for field in _MORE_OF_QUESTION.get(asked, ()):
         if field not in (asked, answer) and row.get(field):
             used.add(field)
-            question.append(_text(row[field], f"{place}, {field}"))
+            question.append(text_of(row[field], f"{place}, {field}"))
         elif field in row and not row[field]:
             used.add(field)
     yield Message("user", "\n\n".join(question))
-    yield Message("assistant", _text(row[answer], f"{place}, {answer}"))
+    yield Message("assistant", text_of(row[answer], f"{place}, {answer}"))
 
 
 def _side(value: Any, role: str, place: str, found: Counter[str]) -> Iterator[Message]:
     """Yield the messages of a prompt or a completion. Answers in a prompt are not learnt, as in TRL."""
     if not isinstance(value, list):
-        yield Message(role, _text(value, place))
+        yield Message(role, text_of(value, place))
         return
     for message in _messages(value, place, found):
         learn = message.learn and not (role == "user" and message.role == "assistant")
@@ -290,15 +310,15 @@ def _side(value: Any, role: str, place: str, found: Counter[str]) -> Iterator[Me
 def _history(value: Any, place: str, found: Counter[str]) -> Iterator[Message]:
     """Yield earlier turns: pairs of question and answer, or messages."""
     if isinstance(value, str):
-        value = _parsed(value, f"{place}, history")
+        value = parsed(value, f"{place}, history")
     if not isinstance(value, list):
         raise DataError(f"{place}, history: is not a list of pairs or messages")
     for number, turn in enumerate(value, start=1):
         if isinstance(turn, dict):
             yield from _messages([turn], f"{place}, history", found)
         elif isinstance(turn, (list, tuple)) and len(turn) == 2:
-            yield Message("user", _text(turn[0], f"{place}, history {number}"))
-            yield Message("assistant", _text(turn[1], f"{place}, history {number}"))
+            yield Message("user", text_of(turn[0], f"{place}, history {number}"))
+            yield Message("assistant", text_of(turn[1], f"{place}, history {number}"))
         else:
             raise DataError(
                 f"{place}, history {number}: is neither a pair of question and answer nor a message"
@@ -312,27 +332,26 @@ def _messages(value: Any, place: str, found: Counter[str]) -> Iterator[Message]:
         where = f"{place}, message {number}"
         if not isinstance(message, dict):
             raise DataError(f'{where}: is not an object like {{"role": "user", "content": …}}')
-        is_turn = "role" not in message and "from" not in message
-        if is_turn and (layout := layout_of(message)) and layout not in LISTS:
+        if _role_of(message) is None and (layout := layout_of(message)) and layout not in LISTS:
             yield from _in_fields(
                 message, layout, where, {*message}, found
             )  # a turn with question and answer
             continue
-        yield _message(message, where)
+        results, rest = without_results(message)
+        yield from (Message("tool", text_of(result, where)) for result in results)
+        if rest is not None:
+            yield _message(rest, where, found)
         found.update(f"{field} of a message" for field in message if field not in _KNOWN_IN_MESSAGE)
 
 
-def _message(message: dict[str, Any], place: str) -> Message:
+def _message(message: dict[str, Any], place: str, found: Counter[str]) -> Message:
     name = _role_name(message)
     role = "assistant" if name in _CALLS else _ROLE_OF.get(name)
     if role is None:
         raise DataError(f"{place}: has {_unknown_role(message)}")
     field = next((field for field in ("content", "value", "text") if message.get(field) is not None), None)
-    texts = [_text(message[field], place)] if field else []
-    calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
-    if not isinstance(calls, list):
-        raise DataError(f"{place}: tool_calls is not a list")
-    texts += [f"<tool_call>{_as_json(_call(call))}</tool_call>" for call in calls]
+    texts = [text_of(message[field], place, found)] if field else []
+    texts += calls_of(message, place)
     if name in _CALLS:
         texts = [f"<tool_call>{text}</tool_call>" for text in texts]
     if not texts and role != "assistant":
@@ -341,45 +360,3 @@ def _message(message: dict[str, Any], place: str) -> Message:
         message.get(weight) not in (0, False, "0", "false") for weight in _WEIGHTS if weight in message
     )
     return Message(role, "\n".join(text for text in texts if text), learn)
-
-
-def _call(call: Any) -> Any:
-    """Return the function and its arguments of a call, without OpenAI's frame."""
-    function = call.get("function", call) if isinstance(call, dict) else call
-    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-        try:
-            return function | {"arguments": json.loads(function["arguments"])}
-        except (ValueError, RecursionError):
-            return function
-    return function
-
-
-def _text(value: Any, place: str) -> str:
-    """Return a text that is a string, a number, or a list of parts as OpenAI has them."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, (int, float)):
-        return json.dumps(value)
-    if isinstance(value, Sequence):
-        return "".join(_part(part, place) for part in value)
-    raise DataError(f"{place}: is not text")
-
-
-def _part(part: Any, place: str) -> str:
-    if isinstance(part, str):
-        return part
-    if isinstance(part, dict) and isinstance(part.get("text"), str):
-        return str(part["text"])
-    kind = part.get("type") if isinstance(part, dict) else None
-    raise DataError(f"{place}: contains {kind or 'a part'!r:.40}; Atlas reads only text")
-
-
-def _parsed(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise DataError(f"{place}: is neither a list nor JSON") from None
-
-
-def _as_json(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

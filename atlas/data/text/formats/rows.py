@@ -46,11 +46,17 @@ def json_lines(lines: Iterable[str], name: str, on_bad: OnBad) -> Iterator[Row]:
             on_bad(DataError(f"{place}: is longer than {LONGEST_ROW:,} characters; split its text into rows"))
             continue
         try:
-            value = json.loads(line.rstrip("\r\n"))
+            value = json.loads(without_comma(line))
         except (ValueError, RecursionError) as error:
             on_bad(DataError(f"{place}: is not JSON: {_reason(error)}; every line must be one JSON object"))
         else:
             yield Row(place, value)
+
+
+def without_comma(line: str) -> str:
+    """Return a line without the comma at its end, as the lines of an array have it that were written without its
+    brackets."""
+    return line.rstrip().removesuffix(",")
 
 
 def json_rows(chunks: Iterable[str], name: str) -> Iterator[Row]:

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from atlas.data.text.formats import compression
 from atlas.data.text.formats.chats import LISTS, PAIRS, PARTS_OF_A_ROW
+from atlas.data.text.formats.rows import without_comma
 
 SAMPLE_BYTES = 1 << 16
 Format = Literal[
@@ -317,7 +318,7 @@ def _object_format(text: str, text_field: str, *, is_one_line: bool) -> Format |
 def value_of(line: str) -> Any:
     """Return the JSON value of a line, or None."""
     with suppress(ValueError, RecursionError):
-        return json.loads(line)
+        return json.loads(without_comma(line))
     return None
 
 
