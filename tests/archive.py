@@ -64,10 +64,10 @@ def write_zip(path: Path, files: Mapping[str, str | bytes], order: Sequence[str]
     return path
 
 
-def write_folder(path: Path, files: Mapping[str, str]) -> Path:
+def write_folder(path: Path, files: Mapping[str, str | bytes]) -> Path:
     for name, content in files.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(content.encode())
+        (path / name).write_bytes(content.encode() if isinstance(content, str) else content)
     return path
 
 

@@ -270,6 +270,8 @@ def furnish(folder: Path) -> None:
     (folder / "my_texts/river.txt").write_text(corpus(1000), encoding="utf-8")
     (folder / "my_texts/mill.md").write_text("# The mill\n\n" + corpus(500), encoding="utf-8")
     (folder / "letters/mill.txt").write_text(corpus(600), encoding="utf-8")
+    for name in ("train", "validation"):
+        (folder / f"{name}.jsonl").write_text(f'{{"text": "{" ".join(SENTENCES)}"}}\n' * 20, encoding="utf-8")
     (folder / "prompts.txt").write_text("The river\n\nA small boat\n", encoding="utf-8")
     page = (ROOT / "docs/TRAINING.md").read_text(encoding="utf-8")
     rows = re.findall(r'^\{"(?:prompt|messages)".*\n', page, re.MULTILINE)

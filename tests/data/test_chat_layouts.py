@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from atlas.cli import main
-from atlas.data.sequences.conversations import read_conversations
+from atlas.data.sequences.conversations import holds_conversations, read_conversations
 from atlas.data.text.formats.chats import ChatReport, read_conversation
+from atlas.errors import DataError
 from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.chat import Message
-from tests.archive import documents_of
+from tests.archive import documents_of, write_folder, write_zip
 
 ASKED, SAID = Message("user", "What is 2?"), Message("assistant", "It is 2.")
 TURNS = [{"role": "user", "content": "What is 2?"}, {"role": "assistant", "content": "It is 2."}]
@@ -148,6 +149,78 @@ LAYOUTS: dict[str, tuple[object, list[Message]]] = {
         },
         [ASKED, SAID],
     ),
+    "ChatGPT's export with sound, a picture of a tool, and no shown end": (
+        {
+            "mapping": {
+                "a": {"message": None, "parent": None},
+                "b": {
+                    "message": {
+                        "author": {"role": "user"},
+                        "content": {
+                            "content_type": "multimodal_text",
+                            "parts": [
+                                {"content_type": "audio_transcription", "text": "What is 2?"},
+                                {"content_type": "audio_asset_pointer", "asset_pointer": "x"},
+                                None,
+                            ],
+                        },
+                    },
+                    "parent": "a",
+                },
+                "c": {
+                    "message": {
+                        "author": {"role": "tool"},
+                        "content": {
+                            "content_type": "multimodal_text",
+                            "parts": [{"content_type": "image_asset_pointer", "asset_pointer": "y"}],
+                        },
+                    },
+                    "parent": "b",
+                },
+                "t": {
+                    "message": {
+                        "author": {"role": "tool"},
+                        "content": {"content_type": "tether_browsing_display", "result": "A page."},
+                    },
+                    "parent": "c",
+                },
+                "d": {"message": said("assistant", "It is 2."), "parent": "t"},
+            },
+        },
+        [ASKED, Message("tool", "A page."), SAID],
+    ),
+    "a tool's result within an answer": (
+        {
+            "chat_messages": [
+                {"sender": "human", "text": "Weather?", "content": []},
+                {
+                    "sender": "assistant",
+                    "content": [
+                        {"type": "text", "text": "I look."},
+                        {"type": "tool_use", "name": "w", "input": {"city": "Rome"}},
+                        {"type": "tool_result", "content": "21"},
+                        {"type": "text", "text": "21 degrees."},
+                    ],
+                },
+            ]
+        },
+        [
+            Message("user", "Weather?"),
+            Message("assistant", "I look." + CALL),
+            Message("tool", "21"),
+            Message("assistant", "21 degrees."),
+        ],
+    ),
+    "a preference that repeats the question": (
+        {
+            "prompt": "What is 2?",
+            "chosen": [
+                {"role": "user", "content": "What is 2?"},
+                {"role": "assistant", "content": "It is 2."},
+            ],
+        },
+        [ASKED, SAID],
+    ),
     "Claude's export": (
         {
             "name": "Sums",
@@ -266,3 +339,44 @@ def test_a_text_with_a_field_of_such_a_name_is_a_text(field: dict, tmp_path: Pat
 def test_a_text_that_begins_like_bzip2_is_a_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("BZh9 is how bzip2 begins.", encoding="utf-8")
     assert documents_of(tmp_path) == ["BZh9 is how bzip2 begins."]
+
+
+@pytest.mark.parametrize("is_zip", [False, True])
+def test_an_export_of_chats_with_its_page_and_its_pictures(is_zip: bool, tmp_path: Path) -> None:
+    """ChatGPT's export has the chats twice, as JSON and as a page, and larger files beside them."""
+    turns = {"a": {"message": said("user", "What is 2?"), "parent": None}}
+    turns["b"] = {"message": said("assistant", "It is 2."), "parent": "a"}
+    chats = json.dumps([{"mapping": turns, "current_node": "b"}] * 30)
+    files = {
+        "conversations.json": chats.encode(),
+        "chat.html": f"<!doctype html><html><body><p>{chats * 3}</p></body></html>".encode(),
+        "user.json": b'{"id": "user-1", "email": "a@b.c"}',
+        "file-1.png": b"\x89PNG" + bytes(200_000),
+    }
+    write = write_zip if is_zip else write_folder
+    path = write(tmp_path / "export", files)
+    assert holds_conversations(path)
+    chats, _, notes = read_conversations(path, Tokenizer.gpt2(), val_fraction=0.0)
+    assert len(chats.ends) == 30
+    assert any("ChatGPT's export" in note for note in notes)
+    assert any("the same chats as conversations.json" in note for note in notes)
+
+
+def test_chats_without_a_message_are_counted(tmp_path: Path) -> None:
+    rows = [{"uuid": "x", "chat_messages": []}] * 12
+    rows += [
+        {"chat_messages": [{"sender": "human", "text": "Two?"}, {"sender": "assistant", "text": "2."}]}
+    ] * 12
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    assert holds_conversations(tmp_path / "a.json")
+    chats, _, notes = read_conversations(tmp_path / "a.json", Tokenizer.gpt2(), val_fraction=0.0)
+    assert len(chats.ends) == 12
+    assert "12 conversations without a message are left out" in notes
+
+
+def test_a_history_nested_without_end_is_refused() -> None:
+    row: dict[str, object] = {"prompt": "a", "response": "b"}
+    for _ in range(2000):
+        row = {"history": [row], "prompt": "a", "response": "b"}
+    with pytest.raises(DataError, match="x: its history is nested too deeply"):
+        read_conversation(row, "x", ChatReport())

@@ -477,11 +477,17 @@ def test_lines_may_end_with_commas(tmp_path: Path) -> None:
     assert documents_of(tmp_path / "a.jsonl") == ["a,", "b", "c"]
 
 
+@pytest.mark.parametrize("gap", ["", "\n"])
+def test_the_lines_of_an_array_are_no_rows_with_commas(gap: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(f'[{gap}{{"text": "a"}},\n{{"text": "b"}},\n{{"text": "c"}}{gap}]')
+    assert documents_of(tmp_path / "a.jsonl") == ["a", "b", "c"]
+
+
 def test_a_single_message_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(
         '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
     )
-    with pytest.raises(AtlasError, match=r"is a single message; .* jq -c \. FILE"):
+    with pytest.raises(AtlasError, match=r"is a single message; .* jq -cs flatten FILE"):
         documents_of(tmp_path / "a.json")
 
 
@@ -492,6 +498,8 @@ def test_a_single_message_is_named(tmp_path: Path) -> None:
         (["data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"], "1 file named like a test"),
         (["test.txt", "other.txt"], None),
         (["trains.txt", "contest.txt"], None),
+        (["dev/train.jsonl", "dev/more.jsonl"], None),
+        (["train/a.txt", "dev/a.txt"], "1 file named like a test"),
     ],
 )
 def test_files_named_like_held_out_sets_are_said(names: list[str], named: str | None, tmp_path: Path) -> None:

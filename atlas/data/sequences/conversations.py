@@ -27,13 +27,13 @@ from atlas.data.shards import is_prepared
 from atlas.data.text.documents import Reading, read_rows
 from atlas.data.text.files import Advance, TextFile
 from atlas.data.text.folders import Skipped, files_below
-from atlas.data.text.formats.chats import ChatReport, parse_layout, read_conversation
+from atlas.data.text.formats.chats import ChatReport, is_empty, parse_layout, read_conversation
 from atlas.data.text.formats.decode import replace_undecodable
 from atlas.data.text.formats.rows import Row
 from atlas.data.text.formats.sniff import ROW_ENDINGS, ROWS
 from atlas.data.text.report import SourceReport, TooManyFaultsError
 from atlas.data.text.search import PATTERN
-from atlas.data.text.selection import is_about, kind_of_rows, refuse_conversations
+from atlas.data.text.selection import kind_of_rows, refuse_conversations
 from atlas.data.text.sources import Sources
 from atlas.errors import DataError
 from atlas.progress import byte_progress
@@ -94,9 +94,7 @@ def holds_conversations(path: str | Path, chat_format: str | None = None) -> boo
     for file, kind in kinds.items():
         if kind == "both":
             refuse_conversations(file, kind, sources.reading)
-    others = itertools.chain.from_iterable(sources.choice.left_out.values())
-    other_bytes = sum(file.size for file in others if not is_about(file))
-    return "conversation" in kinds.values() and sources.total_bytes > other_bytes
+    return "conversation" in kinds.values() and sources.total_bytes > sources.choice.bytes_of_other_text
 
 
 def _may_hold_rows(path: str | Path) -> bool:
@@ -191,6 +189,9 @@ def _conversations_in(
 ) -> Iterator[list[Message]]:
     for file in sources.files:
         for row in _rows_of(file, sources.reading, report, advance):
+            if is_empty(row.value):
+                understood.empty += 1
+                continue
             try:
                 messages = read_conversation(row.value, row.place, understood, layout)
             except DataError as error:

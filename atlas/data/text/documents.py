@@ -302,11 +302,11 @@ def _text_of(row: Row, reading: Reading, file: TextFile) -> str | None:
         if inside := _rows_inside(value):
             raise DataError(
                 f"{place}: has no field {text_field!r}, but other rows inside; write them to a file of their own: "
-                f"jq -c '{inside}[]' FILE > FILE.jsonl"
+                f"jq -c '{inside}' FILE > FILE.jsonl"
             )
         raise DataError(
             f"{place}: has no field {text_field!r} (fields: {shown_names(sorted(value))}); name the field of the text, "
-            f"for example with atlas prepare --text-field {_likely_field(file, reading)}"
+            f"for example with atlas prepare --text-field {likely_field(file, reading)}"
         )
     if not reading.names_text_field and has_messages(value):
         raise DataError(f"{place}: has {BOTH}; name the field of the text with atlas prepare --text-field")
@@ -320,11 +320,14 @@ def _text_of(row: Row, reading: Reading, file: TextFile) -> str | None:
 
 
 def _rows_inside(row: dict[str, Any], levels: int = 2) -> str | None:
-    """Return the path of a list of objects in a row, as `jq` writes it, such as `.data.items`, or None."""
+    """Return how `jq` names the objects of a list in a row, such as `.data.items[]`, or an object with a list of
+    messages, or None."""
     for name, value in row.items():
         if not _PLAIN_NAME.fullmatch(name):
             continue
         if isinstance(value, list) and len(value) > 1 and all(isinstance(item, dict) for item in value):
+            return f".{name}[]"
+        if isinstance(value, dict) and has_messages(value):
             return f".{name}"
         if isinstance(value, dict) and levels > 1 and (inside := _rows_inside(value, levels - 1)):
             return f".{name}{inside}"
@@ -332,15 +335,21 @@ def _rows_inside(row: dict[str, Any], levels: int = 2) -> str | None:
 
 
 @functools.lru_cache(maxsize=64)
-def _likely_field(file: TextFile, reading: Reading) -> str:
-    """Return the name of the field that probably holds the text: the one with the most characters in the first rows."""
+def likely_field(file: TextFile, reading: Reading) -> str:
+    """Return the name of the field that probably holds the text: the one with the most characters in the first rows,
+    without ids and addresses. Returns NAME if there is none."""
     lengths = Counter[str]()
     with suppress(DataError):  # it is reported when the row is read
         rows = read_rows(file, replace(reading, on_error="skip"), SourceReport(), lambda _: None)
         for row in itertools.islice(rows, ROWS_LOOKED_AT):
             fields = row.value.items() if isinstance(row.value, dict) else ()
-            lengths.update({name: len(value) for name, value in fields if isinstance(value, str)})
+            lengths.update({name: len(value) for name, value in fields if _may_be_prose(value)})
     return shlex.quote(max(lengths, key=lambda name: lengths[name])) if lengths else "NAME"
+
+
+def _may_be_prose(value: object) -> bool:
+    """Return whether a value is a text with a blank, or in a script that may have none."""
+    return isinstance(value, str) and (not value.isascii() or len(value.split()) > 1)
 
 
 def json_name(value: object) -> str:
@@ -353,7 +362,7 @@ def _column_texts(
     file: TextFile, reading: Reading, report: SourceReport, advance: Advance
 ) -> Iterator[str | None]:
     with _columns(file) as table:
-        table.check_text(reading.text_field)
+        table.check_text(reading.text_field, partial(likely_field, file, reading))
         file.unpack_counter()(table.claimed_bytes(reading.text_field))
         on_unpacked = file.unpack_counter()
         for batch in _batches(file, table, [reading.text_field], advance):

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from atlas.data.text.documents import BOTH, ROWS_LOOKED_AT, Reading, read_rows
+from atlas.data.text.documents import BOTH, ROWS_LOOKED_AT, Reading, likely_field, read_rows
 from atlas.data.text.files import TextFile, is_url
 from atlas.data.text.formats import compression
-from atlas.data.text.formats.chats import has_messages, layout_of
+from atlas.data.text.formats.chats import has_messages, is_empty, layout_of
 from atlas.data.text.formats.code import is_code_name
 from atlas.data.text.formats.sniff import ROWS, Format, Unread
 from atlas.data.text.report import SourceReport, counted, megabytes
@@ -29,7 +29,9 @@ _ABOUT = (
 """Beginnings of the names of texts about the other files."""
 _AS_TEXT: tuple[Format, ...] = ("text", "jsonl", "json", "csv", "html")
 _SHOWN, _MOST_PATTERNS = 3, 6
-_SET_NAME = re.compile(r"(?:^|[/_.-])(train(?:ing)?|test|valid|val|validation|dev|eval)(?=[/_.-]|$)", re.I)
+_NO_ROWS, _NO_CONVERSATIONS = "no rows, beside files of rows", "rows that are no conversations"
+_PAGE_OF_CHATS = "the same chats as conversations.json"
+_SET_NAME = re.compile(r"(?:^|[/_.-])(train|test|valid|val|validation|dev|eval)(?=[/_.-]|$)", re.I)
 _EXTRA = re.compile(r'pip install "atlas-llm\[(\w+)\]"')
 
 
@@ -61,13 +63,15 @@ class Choice:
             names = ", ".join(file.name for file in files[:_SHOWN])
             more = " …" if len(files) > _SHOWN else ""
             yield f"{count} left out, {megabytes(_size(files))}: {reason} ({names}{more})"
-        sets = {file.name: found[-1] for file in self.files if (found := _SET_NAME.findall(file.name))}
-        held_out = [name for name, which in sets.items() if not which.lower().startswith("train")]
-        if 0 < len(held_out) < len(sets):
+        shared = len(posixpath.commonpath([posixpath.dirname(file.name) for file in self.files] or [""]))
+        named = ((file.name, _SET_NAME.findall(file.name[shared:])) for file in self.files)
+        sets = {name: found[-1].lower() for name, found in named if found}
+        held_out = [name for name, which in sets.items() if which != "train"]
+        if "train" in sets.values() and held_out:
             names = ", ".join(held_out[:_SHOWN]) + (" …" if len(held_out) > _SHOWN else "")
             yield (
                 f"{counted(len(held_out), 'file')} named like a test or validation set, but used like the others "
-                f"({names}); leave files out with --exclude PATTERN"
+                f"({names}); to leave them out, name only the others, or use atlas prepare --exclude"
             )
 
     def names_with_reasons(self) -> Iterator[str]:
@@ -75,9 +79,15 @@ class Choice:
         yield from (f"{file.name}: {reason}" for reason, files in self.left_out.items() for file in files)
 
     @property
+    def bytes_of_other_text(self) -> int:
+        """The size of the text that is left out because only conversations are read."""
+        texts = (*self.left_out.get(_NO_ROWS, ()), *self.left_out.get(_NO_CONVERSATIONS, ()))
+        return _size(file for file in texts if not is_about(file))
+
+    @property
     def share_left_out(self) -> float:
         """The share of the bytes in the files that are left out."""
-        left_out = sum(map(_size, self.left_out.values()))
+        left_out = sum(_size(files) for reason, files in self.left_out.items() if reason != _PAGE_OF_CHATS)
         return left_out / max(1, left_out + _size(self.files))
 
     def install_command(self) -> str:
@@ -139,8 +149,11 @@ def choose(
     is_codebase = code > readable and not conversations
     choice = Choice()
     rows: list[TextFile] = []
+    chats = {file.place.parent for file, _ in found if file.basename == "conversations.json"}
     for file, what in found:
-        if is_codebase and _is_text(what):
+        if file.basename == "chat.html" and file.place.parent in chats:  # ChatGPT's export has both
+            choice.leave_out(file, _PAGE_OF_CHATS)
+        elif is_codebase and _is_text(what):
             choice.files.append(replace(file, format="text"))
         elif isinstance(what, Unread):
             choice.leave_out(file, what.explain("FILE"))
@@ -174,9 +187,9 @@ def _among_rows(choice: Choice, rows: list[TextFile], reading: Reading, *, conve
     for file in choice.files:
         kind = kinds.get(file)
         if kind is None and has_mostly_rows and (conversations or is_about(file)):
-            chosen.leave_out(file, "no rows, beside files of rows")
+            chosen.leave_out(file, _NO_ROWS)
         elif kind is not None and kind != wanted and has_wanted:
-            chosen.leave_out(file, _other_rows(kind, reading, conversations=conversations))
+            chosen.leave_out(file, _other_rows(file, kind, reading, conversations=conversations))
         else:
             if kind is not None and not conversations:
                 refuse_conversations(file, kind, reading)
@@ -196,11 +209,13 @@ def _kinds_of(rows: Iterable[TextFile], reading: Reading) -> dict[TextFile, str]
     return kinds
 
 
-def _other_rows(kind: str, reading: Reading, *, conversations: bool) -> str:
+def _other_rows(file: TextFile, kind: str, reading: Reading, *, conversations: bool) -> str:
     if conversations:
-        return "rows that are no conversations"
+        return _NO_CONVERSATIONS
     if kind == "other":
-        return f"rows without {reading.text_field!r}"
+        field = likely_field(file, reading)
+        remedy = f", which --text-field {field} would read" if field != "NAME" else ""
+        return f"rows without {reading.text_field!r}{remedy}"
     return "conversations; give them to atlas train --train-data"
 
 
@@ -229,7 +244,7 @@ def kind_of_rows(file: TextFile, reading: Reading) -> str:
     kinds = Counter[str]()
     with suppress(DataError):  # the error is reported when the file is read
         rows = read_rows(file, replace(reading, on_error="skip"), SourceReport(), lambda _: None)
-        values = (row.value for row in rows if row.value)
+        values = (row.value for row in rows if row.value and not is_empty(row.value))
         for value in itertools.islice(values, ROWS_LOOKED_AT):
             kinds[_kind_of(value, reading)] += 1
     return "both" if "both" in kinds else max(kinds, key=lambda kind: kinds[kind], default="document")

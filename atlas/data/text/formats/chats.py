@@ -17,13 +17,14 @@ learnt.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel, Field
 
-from atlas.data.text.formats.content import as_json, calls_of, parsed, text_of, thread_of, without_results
+from atlas.data.text.formats.content import as_json, calls_of, parsed, text_of, thread_of, with_results_apart
 from atlas.errors import DataError
 from atlas.tokenizer.chat import Message
 
@@ -47,6 +48,7 @@ PAIRS = (
     ("user", "assistant"),
 )
 """Fields with a question and its answer. An earlier pair is preferred."""
+_EXPORTS = {"mapping": "mapping (ChatGPT's export)", "chat_messages": "chat_messages (Claude's export)"}
 _COMMON_NAMES = {
     "openai": "messages", "sharegpt": "conversations", "alpaca": "instruction/output", "dolly": "instruction/response",
 }  # fmt: skip
@@ -74,8 +76,8 @@ _KNOWN_IN_MESSAGE = {
     "role", "from", "sender", "content", "value", "text", "tool_calls", "function_call", "tool_call_id", *_WEIGHTS,
 }  # fmt: skip
 SINGLE_MESSAGE = (
-    "is a single message; if the file is one conversation, write it as one row: jq -c . FILE > FILE.jsonl, then atlas "
-    "train --train-data FILE.jsonl"
+    "is a single message; if the file is one conversation, write it as one row: jq -cs flatten FILE > CHAT.jsonl, then "
+    "atlas train --train-data CHAT.jsonl"
 )
 _FIELDS_SHOWN, _ITEMS_LOOKED_AT = 8, 20
 
@@ -89,6 +91,8 @@ class ChatReport(BaseModel):
     """Number of messages of each role."""
     unlearnt: int = 0
     """Number of answers that are read but not learnt, since the row marks them so."""
+    empty: int = 0
+    """Number of conversations without a message, as apps keep them of chats that were not begun."""
     unanswered: int = 0
     """Number of messages after the last answer. They are left out."""
     passed_over: Counter[str] = Field(default_factory=Counter)
@@ -97,11 +101,14 @@ class ChatReport(BaseModel):
     def notes(self) -> Iterator[str]:
         """Yield what was understood, one line each."""
         if self.layouts:
-            layouts = ", ".join(f"{count:,} as {layout}" for layout, count in self.layouts.most_common())
+            names = {layout: _EXPORTS.get(layout, layout) for layout in self.layouts}
+            layouts = ", ".join(f"{count:,} as {names[form]}" for form, count in self.layouts.most_common())
             roles = ", ".join(f"{count:,} {role}" for role, count in self.roles.most_common())
             yield f"conversations: {layouts}; messages: {roles}"
         if self.unlearnt:
             yield f"{self.unlearnt:,} answers are read but not learnt, since they are marked with weight 0"
+        if self.empty:
+            yield f"{self.empty:,} conversations without a message are left out"
         if self.unanswered:
             yield f"{self.unanswered:,} messages after the last answer are left out"
         if self.passed_over:
@@ -138,17 +145,26 @@ def layout_of(value: object, forced: str | None = None) -> str | None:
     layouts += ["/".join(pair) for pair in PAIRS if all(value.get(field) is not None for field in pair)]
     if isinstance(value.get("chosen"), list) and "prompt" not in value:
         layouts.append("chosen")
-    if isinstance(value.get("mapping"), dict) and "current_node" in value:
+    if isinstance(value.get("mapping"), dict) and any("message" in node for node in _nodes(value["mapping"])):
         layouts.append("mapping")
     if forced is not None:
         return forced if forced in layouts else None
     return layouts[0] if layouts else None
 
 
+def _nodes(tree: dict[str, Any]) -> list[dict[str, Any]]:
+    return [node for node in itertools.islice(tree.values(), _ITEMS_LOOKED_AT) if isinstance(node, dict)]
+
+
 def _in_small_letters(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row with its names in small letters: `Question` is `question`, unless the row has both."""
     small = {name.lower(): value for name, value in row.items()}
     return small if len(small) == len(row) else row
+
+
+def is_empty(row: object) -> bool:
+    """Return whether a row is a conversation without a message."""
+    return isinstance(row, dict) and any(row.get(field) == [] for field in LISTS) and layout_of(row) is None
 
 
 def has_messages(row: object) -> bool:
@@ -176,7 +192,7 @@ def _may_be_messages(value: Any) -> bool:
 
 def _unknown_role(message: dict[str, Any]) -> str:
     known = ", ".join(sorted({*_ROLE_OF, *_CALLS}))
-    return f"the role {_role_of(message)!r:.40}; Atlas knows {known}"
+    return f"the role {_role_of(message)!r:.60}; Atlas knows {known}"
 
 
 def _role_of(message: dict[str, Any]) -> Any:
@@ -200,6 +216,13 @@ def read_conversation(value: Any, place: str, report: ChatReport, forced: str | 
 
     Raises `DataError` if the row is no conversation, or has no answer to learn from.
     """
+    try:
+        return _read(value, place, report, forced)
+    except RecursionError:
+        raise DataError(f"{place}: its history is nested too deeply") from None
+
+
+def _read(value: Any, place: str, report: ChatReport, forced: str | None) -> list[Message]:
     layout = layout_of(value, forced)
     if layout is None:
         raise DataError(f"{place}: {_no_conversation(value, forced)}")
@@ -278,12 +301,14 @@ def _after_system(
         if isinstance(value, str):  # a CSV file, or a table with JSON in a column
             value = parsed(value, f"{place}, {layout}")
         if layout == "mapping":
-            value = thread_of(value, row["current_node"])
+            used.add("current_node")
+            value = thread_of(value, row.get("current_node"), found)
         yield from _messages(value, place, found)
         return
     asked, answer = layout.split("/")
     if isinstance(row[asked], list) or isinstance(row[answer], list):
-        yield from _side(row[asked], "user", f"{place}, {asked}", found)
+        if not _repeats(row[answer], row[asked]):
+            yield from _side(row[asked], "user", f"{place}, {asked}", found)
         yield from _side(row[answer], "assistant", f"{place}, {answer}", found)
         return
     question = [text_of(row[asked], f"{place}, {asked}")]
@@ -295,6 +320,15 @@ def _after_system(
             used.add(field)
     yield Message("user", "\n\n".join(question))
     yield Message("assistant", text_of(row[answer], f"{place}, {answer}"))
+
+
+def _repeats(answer: Any, asked: Any) -> bool:
+    """Return whether the messages of an answer begin with what was asked, as those of a preference can."""
+    if not isinstance(answer, list) or not answer or not isinstance(answer[0], dict):
+        return False
+    if isinstance(asked, list):
+        return answer[: len(asked)] == asked
+    return _ROLE_OF.get(_role_name(answer[0])) == "user" and answer[0].get("content") == asked
 
 
 def _side(value: Any, role: str, place: str, found: Counter[str]) -> Iterator[Message]:
@@ -337,10 +371,8 @@ def _messages(value: Any, place: str, found: Counter[str]) -> Iterator[Message]:
                 message, layout, where, {*message}, found
             )  # a turn with question and answer
             continue
-        results, rest = without_results(message)
-        yield from (Message("tool", text_of(result, where)) for result in results)
-        if rest is not None:
-            yield _message(rest, where, found)
+        for part in with_results_apart(message):
+            yield _message(part, where, found)
         found.update(f"{field} of a message" for field in message if field not in _KNOWN_IN_MESSAGE)
 
 
@@ -349,7 +381,8 @@ def _message(message: dict[str, Any], place: str, found: Counter[str]) -> Messag
     role = "assistant" if name in _CALLS else _ROLE_OF.get(name)
     if role is None:
         raise DataError(f"{place}: has {_unknown_role(message)}")
-    field = next((field for field in ("content", "value", "text") if message.get(field) is not None), None)
+    fields = [field for field in ("content", "value", "text") if message.get(field) is not None]
+    field = next((field for field in fields if message[field] not in ("", [])), fields[0] if fields else None)
     texts = [text_of(message[field], place, found)] if field else []
     texts += calls_of(message, place)
     if name in _CALLS:
@@ -357,6 +390,6 @@ def _message(message: dict[str, Any], place: str, found: Counter[str]) -> Messag
     if not texts and role != "assistant":
         raise DataError(f"{place}: has no text in content")
     learn = all(
-        message.get(weight) not in (0, False, "0", "false") for weight in _WEIGHTS if weight in message
+        str(message[weight]).lower() not in ("0", "0.0", "false") for weight in _WEIGHTS if weight in message
     )
     return Message(role, "\n".join(text for text in texts if text), learn)

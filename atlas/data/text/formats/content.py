@@ -5,17 +5,22 @@ The content is a string, or a list of parts as in the interfaces of OpenAI and A
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from atlas.errors import DataError
 
-_NOT_SAID = ("thoughts", "reasoning_recap", "user_editable_context", "model_editable_context")
+_NOT_SAID = (
+    "thoughts", "reasoning_recap", "user_editable_context", "model_editable_context", "computer_output", "system_error",
+)  # fmt: skip
 """Contents of ChatGPT's export that are no messages of the conversation."""
-_THINKING = ("thinking", "redacted_thinking")
-"""Parts of an answer that its reader does not see."""
+_LEFT_OUT = (
+    "thinking", "redacted_thinking", "token_budget", "audio_asset_pointer", "real_time_user_audio_video_asset_pointer",
+)  # fmt: skip
+"""Parts of a message that its reader does not see, and sound, whose transcript is a part of its own."""
 
 
 def text_of(value: Any, place: str, found: Counter[str] | None = None) -> str:
@@ -35,28 +40,34 @@ def text_of(value: Any, place: str, found: Counter[str] | None = None) -> str:
 def _part(part: Any, place: str, found: Counter[str] | None) -> str:
     if isinstance(part, str):
         return part
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind in _THINKING and found is not None:
-        found[f"{kind} of a message"] += 1
+    kind = part.get("type", part.get("content_type")) if isinstance(part, dict) else None
+    if part is None or (kind in _LEFT_OUT and found is not None):
+        if found is not None:
+            found[f"{kind} of a message"] += kind is not None
         return ""
-    if kind == "tool_use":
+    if kind in ("tool_use", "server_tool_use"):
         return _as_call({"name": part.get("name"), "arguments": part.get("input")})
     if isinstance(part, dict) and isinstance(part.get("text"), str):
         return str(part["text"])
-    kind = kind or (part.get("content_type") if isinstance(part, dict) else None)
-    raise DataError(f"{place}: contains {kind or 'a part'!r:.40}; Atlas reads only text")
+    raise DataError(f"{place}: contains {kind or 'a part'!r:.60}; Atlas reads only text")
 
 
-def without_results(message: dict[str, Any]) -> tuple[list[Any], dict[str, Any] | None]:
-    """Return the results of tools in a message of Anthropic's, where they are parts of what the user says, and the
-    message without them, or None if nothing is left."""
+def with_results_apart(message: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a message in parts, so that each result of a tool is a message of its own. With Anthropic, the results are
+    parts of what the user says, or stand between the parts of an answer."""
     content = message.get("content")
-    if not isinstance(content, list):
-        return [], message
-    results = [part for part in content if isinstance(part, dict) and part.get("type") == "tool_result"]
-    rest = [part for part in content if part not in results]
-    texts = [part.get("content") or "" for part in results]
-    return texts, message | {"content": rest} if rest or not results else None
+    if not isinstance(content, list) or not any(map(_is_result, content)):
+        yield message
+        return
+    for is_result, parts in itertools.groupby(content, _is_result):
+        if is_result:
+            yield from ({"role": "tool", "content": part.get("content") or ""} for part in parts)
+        else:
+            yield message | {"content": [*parts]}
+
+
+def _is_result(part: Any) -> bool:
+    return isinstance(part, dict) and str(part.get("type")).endswith("tool_result")
 
 
 def calls_of(message: dict[str, Any], place: str) -> list[str]:
@@ -82,31 +93,34 @@ def _without_frame(call: Any) -> Any:
     return function
 
 
-def thread_of(tree: dict[str, Any], last: Any) -> list[dict[str, Any]]:
-    """Return the messages from the root of ChatGPT's tree to its node `last`, the end of the shown conversation.
-    Answers that were replaced by others are on other branches. Messages that are not shown are left out."""
+def thread_of(tree: dict[str, Any], last: Any, found: Counter[str]) -> list[dict[str, Any]]:
+    """Return the messages from the root of ChatGPT's tree to its node `last`, the end of the shown conversation, or to
+    the last node if the tree has no such node. Answers that were replaced by others are on other branches. Messages
+    that are not shown are left out and counted in `found`."""
     messages: list[dict[str, Any]] = []
     seen = set()
+    if not isinstance(last, str) or last not in tree:
+        last = next(reversed(tree), None)
     while isinstance(last, str) and last not in seen:
         seen.add(last)
         node = _object(tree, last)
-        if shown := _shown_message(_object(node, "message")):
-            messages.append(shown)
+        if message := _object(node, "message"):
+            messages += _shown_message(message, found)
         last = node.get("parent")
     return messages[::-1]
 
 
-def _shown_message(message: dict[str, Any]) -> dict[str, Any] | None:
+def _shown_message(message: dict[str, Any], found: Counter[str]) -> list[dict[str, Any]]:
+    """Return the message in a list, or an empty list."""
     content, role = _object(message, "content"), _object(message, "author").get("role")
     hidden = _object(message, "metadata").get("is_visually_hidden_from_conversation")
-    said = content.get("parts", content.get("text"))
-    if (
-        hidden
-        or content.get("content_type") in _NOT_SAID
-        or (role == "system" and said in ([""], [], "", None))
-    ):
-        return None
-    return {"role": role, "content": said} if message else None
+    said = next((content[field] for field in ("parts", "text", "result") if content.get(field)), "")
+    if role == "tool" and isinstance(said, list):  # the pictures of a tool
+        said = [part for part in said if not (isinstance(part, dict) and "asset_pointer" in part)]
+    if hidden or content.get("content_type") in _NOT_SAID:
+        found[f"{content.get('content_type')} of a message"] += 1
+        return []
+    return [] if role in ("system", "tool") and said in ([""], [], "") else [{"role": role, "content": said}]
 
 
 def _object(parent: dict[str, Any], name: str) -> dict[str, Any]:

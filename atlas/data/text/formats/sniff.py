@@ -74,7 +74,10 @@ class Unread(NamedTuple):
 
 ZIP, TAR = Unread("a zip archive", "unzip NAME"), Unread("a tar archive", "tar -xf NAME")
 ARCHIVES = (ZIP, TAR)
-_PANDOC, _OFFICE = "pandoc -t plain NAME > NAME.txt", "soffice --headless --convert-to txt:Text NAME"
+_PANDOC, _OFFICE = (
+    "pandoc -t plain --wrap=none NAME > NAME.txt",
+    "soffice --headless --convert-to txt:Text NAME",
+)
 _BINARY = (
     (b"7z\xbc\xaf\x27\x1c", Unread("a 7z archive", "7z x NAME")),
     (b"Rar!\x1a\x07", Unread("a RAR archive", "unrar x NAME")),
@@ -287,8 +290,10 @@ def _json_format(text: str, ending: str, text_field: str) -> Format | Unread | N
     """Return the JSON format of a text, or None if the text is something else, such as a log with `[` in it."""
     lines = [line for line in text.split("\n") if line.strip()]
     is_cut = len(lines) > 1 and len(text) > SAMPLE_BYTES // 8  # the last line may be incomplete
-    first, second = ([value_of(line) for line in lines[: min(2, len(lines) - is_cut)]] + [None, None])[:2]
     begins = text.lstrip()
+    is_array = re.match(r"\[\s*\{", begins) is not None  # its lines can look like rows with commas
+    rows = [value_of(line, is_array=is_array) for line in lines[: min(2, len(lines) - is_cut)]]
+    first, second = [*rows, None, None][:2]
     if ending in _LINES and (isinstance(first, (dict, list)) or len(lines) == 1 or isinstance(second, dict)):
         return "jsonl"
     if isinstance(first, dict) and len(lines) > 1:
@@ -296,7 +301,7 @@ def _json_format(text: str, ending: str, text_field: str) -> Format | Unread | N
             return "jsonl"
     elif isinstance(first, list) and isinstance(second, list):
         return "jsonl"
-    elif re.match(r"\[\s*\{", begins) or (ending == ".json" and re.match(r'\[\s*(?:[\["]|\Z)', begins)):
+    elif is_array or (ending == ".json" and re.match(r'\[\s*(?:[\["]|\Z)', begins)):
         return "json"
     elif re.match(r'\{\s*(?:"[^"\n]*"\s*:|\Z)', begins):
         return _object_format(text, text_field, is_one_line=len(lines) == 1)
@@ -315,10 +320,10 @@ def _object_format(text: str, text_field: str, *, is_one_line: bool) -> Format |
     return Unread("a JSON object without rows", f"jq -c '{rows}' NAME > NAME.jsonl", is_text=True)
 
 
-def value_of(line: str) -> Any:
-    """Return the JSON value of a line, or None."""
+def value_of(line: str, *, is_array: bool = False) -> Any:
+    """Return the JSON value of a line, or None. A comma may follow it, unless the line is a part of an array."""
     with suppress(ValueError, RecursionError):
-        return json.loads(without_comma(line))
+        return json.loads(line if is_array else without_comma(line))
     return None
 
 

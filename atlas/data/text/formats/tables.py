@@ -5,9 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import shlex
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import IO, Any
@@ -140,17 +139,17 @@ class ColumnarFile:
         found = (group.column(place) for group in groups for place in range(group.num_columns))
         return sum(part.total_uncompressed_size for part in found if part.path_in_schema == column)
 
-    def check_text(self, column: str) -> None:
-        """Raise `DataError` unless the file has this column, with text in it."""
+    def check_text(self, column: str, likely: Callable[[], str]) -> None:
+        """Raise `DataError` unless the file has this column, with text in it. `likely` names the column that probably
+        holds the text."""
         if self.schema.names.count(column) > 1:
             raise DataError(
                 f"{self.name}: has several columns {column!r}; give each column a name of its own"
             )
         if column not in self.schema.names:
-            texts = [field.name for field in self.schema if _is_text(field.type)]
             raise DataError(
                 f"{self.name}: has no column {column!r} (columns: {shown_names(self.schema.names)}); name the column "
-                f"of the text, for example with --text-field {shlex.quote(texts[0]) if texts else 'NAME'}"
+                f"of the text, for example with --text-field {likely()}"
             )
         if not _is_text(kind := self.schema.field(column).type):
             raise DataError(
