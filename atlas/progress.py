@@ -1,21 +1,31 @@
-"""Report progress on standard error, as lines and, on a terminal, as a progress bar in bytes."""
+"""Report progress on standard error, as lines and, on a terminal, as a progress bar."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rich import progress
 from rich.console import Console
 
 _REFRESH_SECONDS = 0.1
+Item = TypeVar("Item")
 
 
 def notify(line: str) -> None:
     """Print one line to standard error, and flush it."""
     print(line, file=sys.stderr, flush=True)
+
+
+def item_progress(items: Sequence[Item], description: str) -> Iterable[Item]:
+    """Yield the items and show a progress bar, if standard error is a terminal."""
+    console = Console(stderr=True)
+    return progress.track(
+        items, description, console=console, transient=True, disable=not console.is_terminal
+    )
 
 
 @contextmanager

@@ -41,7 +41,8 @@ ROOMS = {
     "training.optimizers training.logs training.memory training.checkpoint",
     "planning": "errors machine config model training.devices training.optimizers training.memory",
     "inference": "errors config tokenizer model training.devices training.checkpoint",
-    "export": "errors files outputs config tokenizer data data.sequences model training training.checkpoint inference",
+    "export": "errors files outputs progress config tokenizer data data.sequences model training training.checkpoint "
+    "inference",
     "reporting": "errors files outputs version config tokenizer data",
     "serving": "errors version config tokenizer model inference export reporting",
     "cli": "errors files outputs streams machine process progress version config tokenizer data data.text data.prepare "
@@ -71,7 +72,7 @@ INSIDE = {
     "training.checkpoint": "first_version lock manifest safe_unpickle < atomic_write locate validate < "
     "retention shard_format < load moves < convert manager verify < async_saver < shard_saver",
     "inference": "decoder layout sampling < generate < text < load < harness look < tasks",
-    "export": "architectures gguf_header llama_cpp quantize save_imported < gguf hf_format "
+    "export": "architectures gguf_header llama_cpp quantize save_imported < hf_format vocabulary < gguf "
     "import_first_version score < huggingface import_hf peft verify",
     "reporting": "curves dataset_statistics targets < dataset_figure runs < figure report",
     "serving": "errors files runs schema server < generation limits stream < answers engine llama metrics < "

@@ -201,6 +201,7 @@ def export_and_prove(
     Raises `AtlasError` if the results differ. The file remains for inspection.
     """
     from atlas.export.gguf import export_gguf
+    from atlas.tokenizer.foreign import ForeignTokenizer
 
     types = export_gguf(
         loaded.model,
@@ -224,6 +225,11 @@ def export_and_prove(
         say(
             f"note: {in_f16} matrices are f16, not {quantize}: the length of their rows is not a multiple of 32; "
             "to quantize these matrices, train with a hidden_size that is a multiple of 32"
+        )
+    if isinstance(loaded.tokenizer, ForeignTokenizer) and loaded.tokenizer.is_nfc:
+        say(
+            "note: the tokenizer converts a text to Unicode's NFC, which llama.cpp does not: there, letters that are "
+            "written with separate accents get other token ids"
         )
     if loaded.config.model.mlp == "gelu_exact":
         say(

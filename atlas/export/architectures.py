@@ -17,8 +17,6 @@ from torch import Tensor
 from atlas.config import ModelConfig
 from atlas.errors import AtlasError, ExportError
 from atlas.model import AtlasLM
-from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
-from atlas.tokenizer.foreign import ForeignTokenizer
 
 _BLOCK, _LAYER = "transformer.h.{}.", "model.layers.{}."
 MODULES = {
@@ -102,30 +100,6 @@ def architecture_of(config: ModelConfig) -> str:
     if config.gguf_architecture is None:
         raise ExportError(f"the model is for Atlas only: {config.train_only}, and train again to export")
     return config.gguf_architecture
-
-
-def exportable_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> ByteLevelTokenizer:
-    """Return `tokenizer` if a GGUF file can hold the tokenizer and the model, and both have the same vocabulary size.
-
-    Raises `ExportError` otherwise.
-    """
-    architecture_of(config)
-    if isinstance(tokenizer, ForeignTokenizer):
-        raise ExportError(
-            f"tokenizer {tokenizer.name}: belongs to another model, and GGUF has no name for its pre-tokenizer; "
-            "use --format hf"
-        )
-    if not isinstance(tokenizer, ByteLevelTokenizer):
-        raise ExportError(
-            f"tokenizer {tokenizer.name}: is custom code, which no file can hold; "
-            "train with gpt2 or a tokenizer.json to export"
-        )
-    if tokenizer.vocab_size != config.vocabulary:
-        raise ExportError(
-            f"model.vocab_size {config.vocabulary}: tokenizer {tokenizer.name} has {tokenizer.vocab_size} "
-            "tokens, and other programs need one row per token; train with the tokenizer's size to export"
-        )
-    return tokenizer
 
 
 def tensor_names(config: ModelConfig) -> dict[str, str]:

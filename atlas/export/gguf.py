@@ -16,7 +16,6 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as TensorType
-from gguf import GGUFValueType as Kind
 from torch import Tensor
 
 from atlas.config import ModelConfig
@@ -26,17 +25,17 @@ from atlas.export.architectures import (
     TENSOR_NAMES,
     architecture_of,
     build_from,
-    exportable_tokenizer,
     for_llama_cpp,
     from_llama_cpp,
     tensor_names,
 )
 from atlas.export.gguf_header import check_header
 from atlas.export.quantize import Quantization, as_type, check_available, file_type, num_bytes, tensor_type
+from atlas.export.vocabulary import add_metadata, check_tokenizer, vocabulary_of
 from atlas.files import explain_failed_write
 from atlas.model import AtlasLM
 from atlas.outputs import place_of_file, replacing_output
-from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
+from atlas.tokenizer import Tokenizer
 
 _SIZES = {
     "max_seq_len": "context_length",
@@ -60,8 +59,6 @@ _SHAPE = {
 """Per architecture: a field of `ModelConfig` → the metadata key for this field, without the architecture's name in
 front."""
 
-_KINDS = {bool: Kind.BOOL, int: Kind.UINT32, float: Kind.FLOAT32, str: Kind.STRING, list: Kind.ARRAY}
-
 
 def export_gguf(
     model: AtlasLM,
@@ -81,7 +78,7 @@ def export_gguf(
     cannot be written. Raises `ValueError` if the table of tensor names and the model's state dict differ.
     """
     output = Path(output)
-    vocabulary = exportable_tokenizer(tokenizer, model.config)
+    check_tokenizer(tokenizer, model.config)
     check_available(quantize)
     tensors = file_tensors(model)
     types = tensor_types(model, tensors, quantize)
@@ -89,9 +86,7 @@ def export_gguf(
     writer = gguf.GGUFWriter(None, architecture_of(model.config))
     about = {"general.name": name, "general.size_label": _size_label(model.num_parameters())}
     about |= {"general.license": license or "", "tokenizer.chat_template": chat_template or ""}
-    for key, value in {**about, **metadata_of(model, vocabulary, quantize)}.items():
-        if value not in ("", []):  # the writer takes the type of a list from its first element
-            writer.add_key_value(key, value, _KINDS[type(value)])
+    add_metadata(writer, {**about, **metadata_of(model, tokenizer, quantize)})
     sizes = {tensor: num_bytes(weights.numel(), types[tensor]) for tensor, weights in tensors.items()}
     for tensor, weights in tensors.items():
         _check_range(tensor, weights, types[tensor])
@@ -119,25 +114,15 @@ def file_tensors(model: AtlasLM) -> dict[str, Tensor]:
     return {names[name]: state[name].float().cpu() for name in names}
 
 
-def metadata_of(model: AtlasLM, tokenizer: ByteLevelTokenizer, quantize: Quantization) -> dict[str, Any]:
+def metadata_of(model: AtlasLM, tokenizer: Tokenizer, quantize: Quantization) -> dict[str, Any]:
     """GGUF's key → value, for the metadata of the model's shape, the quantization and the tokenizer."""
-    config, eos_id = model.config, tokenizer.eos_id
-    tokens = tokenizer.token_strings()
-    token_types = [int(gguf.TokenType.NORMAL)] * len(tokens)
-    token_types[eos_id] = int(gguf.TokenType.CONTROL)
+    config = model.config
     return {
         "general.type": "model",
         "general.file_type": file_type(quantize),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         **{f"{architecture_of(config)}.{key}": value for key, value in _shape_in_file(config).items()},
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": tokenizer.split,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": token_types,
-        "tokenizer.ggml.merges": [f"{left} {right}" for left, right in tokenizer.merges()],
-        "tokenizer.ggml.bos_token_id": eos_id,
-        "tokenizer.ggml.eos_token_id": eos_id,
-        "tokenizer.ggml.add_bos_token": False,
+        **vocabulary_of(tokenizer),
     }
 
 

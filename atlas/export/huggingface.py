@@ -14,13 +14,12 @@ from typing import Any, Literal
 import torch
 
 from atlas.errors import ExportError
-from atlas.export.architectures import exportable_tokenizer
 from atlas.export.hf_format import CLASSES, config_out, import_safetensors, save_tensors, state_out
+from atlas.export.vocabulary import check_tokenizer
 from atlas.files import encodable
 from atlas.model import AtlasLM
 from atlas.outputs import write_folder
 from atlas.tokenizer import Tokenizer
-from atlas.tokenizer.foreign import ForeignTokenizer
 
 HFType = Literal["f32", "f16", "bf16"]
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -46,8 +45,7 @@ def export_hf(
     """
     import_safetensors("--format hf: needs safetensors")
     folder = Path(folder)
-    if not isinstance(tokenizer, ForeignTokenizer):
-        exportable_tokenizer(tokenizer, model.config)
+    check_tokenizer(tokenizer, model.config)
     eos_id, kind = tokenizer.eos_id, _DTYPES[dtype]
     ends = {"bos_token_id": eos_id, "eos_token_id": eos_id}
     state = state_out(model.state_dict(), model.config)

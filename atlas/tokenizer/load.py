@@ -16,7 +16,7 @@ from atlas.files import read_limited
 from atlas.tokenizer.base import MAX_FILE_BYTES, STORED_AS_FILE, Tokenizer
 from atlas.tokenizer.bpe import BPETokenizer, NotGPT2s, train_bpe
 from atlas.tokenizer.custom import CustomTokenizer, import_object
-from atlas.tokenizer.foreign import ForeignTokenizer
+from atlas.tokenizer.foreign import ForeignTokenizer, SpecialTokens
 from atlas.tokenizer.gpt2 import gpt2_tokenizer
 
 
@@ -53,7 +53,8 @@ def from_state(state: Mapping[str, Any]) -> Tokenizer:
         tokenizer = BPETokenizer.from_json(text, origin="stored tokenizer")
     elif kind == "hf" and isinstance(text, str):
         sizes = {key: state.get(key) for key in ("eos_id", "vocab_size")}
-        tokenizer = ForeignTokenizer(text, **sizes, origin="stored tokenizer")
+        special = SpecialTokens.from_state(state.get("special"))
+        tokenizer = ForeignTokenizer(text, **sizes, special=special, origin="stored tokenizer")
     else:
         raise TokenizerError(
             f"stored tokenizer: kind {kind!r:.40} is not one Atlas knows; did a later version write the file?"
