@@ -18,7 +18,7 @@ from atlas.serving.engine import Engine
 from atlas.serving.generation import Backend
 from atlas.serving.server import Server, listen
 from atlas.tokenizer import Tokenizer
-from atlas.tokenizer.chat import CHAT_FORMAT
+from atlas.tokenizer.chat import CHAT_TEMPLATE
 from tests.conftest import corpus
 
 
@@ -32,7 +32,8 @@ def random_model(*, chat: bool = False, seed: int = 0, max_seq_len: int = 64) ->
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4)
-    facts = {"step": 7, "data": {"chat_form": CHAT_FORMAT if chat else None}}
+    tokenizer.chat_template = CHAT_TEMPLATE if chat else None
+    facts = {"step": 7, "data": {}}
     return LoadedModel(model.eval(), tokenizer, AtlasConfig(model=shape), Path("random.pt"), facts)
 
 

@@ -52,7 +52,7 @@ ROOMS = {
 INSIDE = {
     "": "errors machine process progress version < files streams < outputs",
     "config": "fields renamed user_code < model < config < loader < presets reference",
-    "tokenizer": "base < byte_level chat custom < bpe foreign gpt2 < load",
+    "tokenizer": "base < byte_level chat_template custom < bpe chat foreign gpt2 < load",
     "data": "shards",
     "data.text.formats": "code compression content encodings < chats decode < rows < sniff markup separators tables "
     "wikipedia < mediawiki",

@@ -17,6 +17,7 @@ from atlas.errors import AtlasError
 from atlas.export.quantize import Quantization
 from atlas.files import encodable, explain_failed_write, local_path, read_limited
 from atlas.outputs import place_of_file, replacing_output
+from atlas.tokenizer.chat import CHAT_TEMPLATE
 
 if TYPE_CHECKING:
     from atlas.export.score import Sample
@@ -101,7 +102,7 @@ def export(
             chat_template=loaded.chat_template,
         )
         return _list_files(folder)
-    if modelfile and loaded.chat_template and not loaded.is_chat_model:
+    if modelfile and loaded.chat_template and loaded.chat_template != CHAT_TEMPLATE:
         raise AtlasError(
             "--modelfile: the imported model has its own chat template, and Ollama uses another template "
             "language; leave --modelfile out and write TEMPLATE yourself"
@@ -165,7 +166,7 @@ def _write_modelfile(file: Path, loaded: LoadedModel) -> None:
         )
     content = (
         f"FROM ./{file.name}\n"
-        f"TEMPLATE {_OLLAMA_CHAT if loaded.is_chat_model else '{{ .Prompt }}'}\n"
+        f"TEMPLATE {_OLLAMA_CHAT if loaded.chat_template == CHAT_TEMPLATE else '{{ .Prompt }}'}\n"
         f"PARAMETER num_ctx {loaded.config.model.max_seq_len}\n"
         "PARAMETER temperature 0.8\nPARAMETER top_k 50\nPARAMETER top_p 0.95\n"
     )

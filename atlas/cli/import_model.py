@@ -48,10 +48,10 @@ def import_model(
     """Make a checkpoint from a model in Hugging Face's format (GPT-2, Llama, Qwen3), or from a checkpoint of Atlas 1.x.
     Atlas can generate text with the new checkpoint and fine-tune it."""
     from atlas.export.import_first_version import import_first_version
-    from atlas.export.import_hf import import_hf, read_chat_template
+    from atlas.export.import_hf import import_hf
     from atlas.export.save_imported import save_imported
 
-    path, chat_template, notes = Path(source), None, list[str]()
+    path, notes = Path(source), list[str]()
     if not path.exists():
         raise AtlasError(
             f"{path}: no such file or folder; give a folder with config.json, or a .pt of Atlas 1.x"
@@ -72,8 +72,7 @@ def import_model(
     else:
         _check_folder(path, takes_shape=num_heads is not None or config is not None)
         model, own = import_hf(path, tokenizer=tokenizer)
-        chat_template = read_chat_template(path)
-    written = save_imported(model, own, output, source=source, chat_template=chat_template)
+    written = save_imported(model, own, output, source=source)
     shape = model.config
     say(
         *notes,

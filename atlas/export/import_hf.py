@@ -1,7 +1,7 @@
 """Import a GPT-2, Llama or Qwen3 model from a local folder in Hugging Face's format.
 
 No code in the folder runs. Atlas reads tensors from safetensors files, settings from JSON files, and the chat template
-as plain text.
+as text, which runs only in a sandbox.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from atlas.export.hf_format import config_in, import_safetensors, state_in
 from atlas.files import check_regular, read_limited
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
+from atlas.tokenizer.chat_template import read_chat_template
+from atlas.tokenizer.load import with_chat_template
 
 _LARGEST_JSON = 64 << 20
-_LARGEST_TEMPLATE = 1 << 20
 
 
 def import_hf(folder: str | Path, *, tokenizer: str | None = None) -> tuple[AtlasLM, Tokenizer]:
@@ -34,28 +35,8 @@ def import_hf(folder: str | Path, *, tokenizer: str | None = None) -> tuple[Atla
     with import_of(folder, "config.json does not fit the weights"):
         config = config_in(_read_json(folder / "config.json"))
         model = build_from(state_in(_read_tensors(folder), config), config)
-    return model, _read_tokenizer(folder, tokenizer, config.vocabulary)
-
-
-def read_chat_template(folder: Path) -> str | None:
-    """Return the chat template of `folder`, in Jinja, or None if there is none. Atlas keeps the template for exports,
-    but does not run the template.
-
-    If the folder has several named templates, return the template with the name `default`.
-    """
-    try:
-        if (folder / "chat_template.jinja").is_file():
-            template: Any = read_limited(folder / "chat_template.jinja", limit=_LARGEST_TEMPLATE).decode()
-        elif (folder / "tokenizer_config.json").is_file():
-            template = _read_json(folder / "tokenizer_config.json").get("chat_template")
-        else:
-            return None
-    except (OSError, ValueError, ExportError) as error:
-        raise ExportError(f"{folder}: its chat template cannot be read: {error!s:.200}") from None
-    if isinstance(template, list):
-        named = (entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default")
-        template = next(named, {}).get("template")
-    return template.encode("utf-8", "replace").decode() if isinstance(template, str) else None
+    own = _read_tokenizer(folder, tokenizer, config.vocabulary)
+    return model, with_chat_template(own, read_chat_template(folder))
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -24,7 +24,6 @@ def save_imported(
     folder: str | Path,
     *,
     source: str,
-    chat_template: str | None = None,
 ) -> Path:
     """Write the checkpoint `atlas_best.pt` into `folder`. Return the path of the checkpoint. The checkpoint has no
     optimizer state, so no run can resume from it. The checkpoint records `source` as the origin of the weights. Raises
@@ -39,7 +38,7 @@ def save_imported(
         "epoch": 0,
         "config": AtlasConfig(model=model.config).model_dump(mode="json"),
         "tokenizer": tokenizer.state(),
-        "data": {"chat_template": chat_template},
+        "data": {},
         "initialized_from": source,
         "machine": {},
     }

@@ -7,7 +7,7 @@ cache, so the text is also the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,20 +25,21 @@ def generate(
     sampling: Sampling,
     *,
     max_tokens: int,
-    eos_id: int | None = None,
+    eos_id: int | Collection[int] | None = None,
     generators: list[torch.Generator] | None = None,
     use_cache: bool = True,
 ) -> Iterator[list[int | None]]:
     """Continue every prompt in `prompts`. A prompt is a list of at least one token id. At each step, yield one new
     token id per row.
 
-    For a row that generates `eos_id`, yield None at this step and at all later steps. There are at most `max_tokens`
-    steps.
+    For a row that generates `eos_id`, or one of several ids, yield None at this step and at all later steps. There are
+    at most `max_tokens` steps.
 
     Each row draws its tokens with its own generator. `use_cache` changes the speed, never the text.
     """
     if any(not prompt for prompt in prompts):
         raise ValueError("every prompt needs at least one token")
+    stop_ids = eos_id if isinstance(eos_id, Collection) else (eos_id,)
     rows = [list(prompt) for prompt in prompts]
     generators = generators or row_generators(0, len(rows))
     done = [False] * len(rows)
@@ -64,7 +65,7 @@ def generate(
                 "--dtype f32"
             )
         for row, token in enumerate(tokens):
-            done[row] = done[row] or token == eos_id
+            done[row] = done[row] or token in stop_ids
             rows[row].append(token)
         yield [None if ended else token for ended, token in zip(done, tokens, strict=True)]
         if all(done):

@@ -21,7 +21,8 @@ from atlas.inference.text import ModelAndTokenizer, encode_prompt, stream_text
 from atlas.model import AtlasLM
 from atlas.model.cost import count_parameters
 from atlas.tokenizer import Tokenizer
-from atlas.tokenizer.chat import CHAT_FORMAT, CHAT_TEMPLATE, Message
+from atlas.tokenizer.chat import Message
+from atlas.tokenizer.load import chat_template_of, with_chat_template
 from atlas.training.checkpoint.load import load_checkpoint, load_weights
 from atlas.training.checkpoint.locate import find_checkpoint
 from atlas.training.devices.device import choose_device, choose_weights_dtype
@@ -48,18 +49,9 @@ class LoadedModel(ModelAndTokenizer):
     facts: dict[str, Any]
 
     @property
-    def is_chat_model(self) -> bool:
-        """Whether the model was trained on conversations in Atlas's own chat format."""
-        return bool(self.facts["data"].get("chat_form") == CHAT_FORMAT)
-
-    @property
     def chat_template(self) -> str | None:
-        """The Jinja chat template that the model was trained with, or None. For an imported model, the template comes
-        from the imported folder."""
-        if self.is_chat_model:
-            return CHAT_TEMPLATE
-        imported = self.facts["data"].get("chat_template")
-        return imported if isinstance(imported, str) else None
+        """The model's Jinja chat template: Atlas's own, or that of an imported model. None if the model has none."""
+        return self.tokenizer.chat_template
 
     def check_chat(self) -> None:
         """Raise `AtlasError` unless `atlas generate --chat` works with this model."""
@@ -67,11 +59,6 @@ class LoadedModel(ModelAndTokenizer):
             raise AtlasError(
                 f"--chat: {self.path} was not trained on conversations: leave --chat out, or fine-tune it with "
                 "atlas train --init-from on JSONL rows with messages"
-            )
-        if not self.is_chat_model:
-            raise AtlasError(
-                f"--chat: {self.path} was imported with its own chat template, which Atlas does not run: write the "
-                "rendered prompt in --prompt, or export the model and chat in llama.cpp"
             )
 
     def generate(
@@ -177,14 +164,14 @@ def load_model(
     saved = contents["tokenizer"]
     try:
         config = resolve(contents["config"])
-        own = None if tokenizer else Tokenizer.from_state(saved)
+        own = None if tokenizer else Tokenizer.from_checkpoint(contents)
     except AtlasError as error:
         raise AtlasError(f"{path}: {error}") from None
     if config.model.vocab_size is None:
         raise AtlasError(
             f"{path}: its config has no model.vocab_size; take a checkpoint that atlas train wrote"
         )
-    own = own or Tokenizer.resolve(str(tokenizer))
+    own = own or with_chat_template(Tokenizer.resolve(str(tokenizer)), chat_template_of(contents))
     if own.fingerprint != saved.get("fingerprint"):
         raise AtlasError(
             f"--tokenizer {tokenizer}: is not the tokenizer that {path} was trained with ({saved.get('name')})"

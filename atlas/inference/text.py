@@ -122,9 +122,11 @@ def stream_ids(
     """Like `stream_text`, but each prompt is a list of at least one id, and each row has its own generator."""
     if max_tokens < 1:
         raise AtlasError(f"--max-tokens {max_tokens}: must be at least 1")
-    model, eos_id = loaded.model, loaded.tokenizer.eos_id
+    model, stop_ids = loaded.model, loaded.tokenizer.stop_ids
     streams = [TextStream(loaded.tokenizer, stop) for _ in prompts]
-    steps = generate(model, prompts, sampling, max_tokens=max_tokens, eos_id=eos_id, generators=generators)
+    steps = generate(
+        model, prompts, sampling, max_tokens=max_tokens, eos_id=stop_ids, generators=generators
+    )
     for step in steps:
         count(sum(token is not None for token in step))
         rows = list(zip(streams, step, strict=True))
@@ -157,5 +159,6 @@ def sample_texts(
 
 
 def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The token ids of a text. An empty text gives the one id that begins a document."""
-    return tokenizer.encode(text) or [tokenizer.eos_id]
+    """The token ids of a text, after the token that the model expects at the beginning, if any. An empty text gives the
+    one id that begins a document."""
+    return [*tokenizer.begin_ids, *tokenizer.encode(text)] or [tokenizer.eos_id]

@@ -62,12 +62,12 @@ class Engine(Backend):
         return encode_prompt(text, self.loaded.tokenizer)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Return the token ids of a conversation, up to the start of the answer. Raises `AtlasError` if the model was
-        not trained on conversations in Atlas's format."""
-        if not self.loaded.is_chat_model:
+        """Return the token ids of a conversation, up to the start of the answer. Raises `AtlasError` if the model has
+        no chat template, or if the template refuses the conversation."""
+        if self.loaded.chat_template is None:
             raise AtlasError(
-                f"{self.id} was not trained on conversations in Atlas's format: use /v1/completions, or fine-tune it "
-                "on JSONL rows with messages (atlas train --init-from); serve an imported chat model with --gguf"
+                f"{self.id} was not trained on conversations: use /v1/completions, or fine-tune it on JSONL rows with "
+                "messages (atlas train --init-from)"
             )
         self.check_length(*(message.content.strip() for message in messages))
         return encode_chat(messages, self.loaded.tokenizer)
@@ -206,7 +206,7 @@ class _Sequence:
         self.slide(loaded.config.model.max_seq_len)
         self.generator = torch.Generator().manual_seed(generation.seed)
         self._stream = TextStream(loaded.tokenizer, generation.stop)
-        self._eos_id = loaded.tokenizer.eos_id
+        self._stop_ids = loaded.tokenizer.stop_ids
 
     def slide(self, context: int) -> None:
         """Set `start`, the index of the first token in the model's window."""
@@ -220,7 +220,7 @@ class _Sequence:
     def add(self, token: int, candidates: list[Candidate]) -> Piece:
         """Append a token, and return the piece for this token. If the client requested `candidates`, the first
         candidate is the token."""
-        if token == self._eos_id:
+        if token in self._stop_ids:
             return Piece(self._stream.finish(), finish="stop", num_tokens=0)
         self.tokens.append(token)
         text, finish = self._stream.add(token), None

@@ -40,6 +40,36 @@ class Tokenizer(ABC):
     """`gpt2`, `bpe`, `hf`, or the `package.module:factory` that made the tokenizer."""
     vocab_size: int
     eos_id: int
+    chat_template: str | None = None
+    """The model's template for conversations, in Jinja. A file of the tokenizer or a checkpoint holds it."""
+    without_blanks_after: frozenset[str] = frozenset()
+    """Special tokens after which blanks are no part of the text."""
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end a text or an answer."""
+        return frozenset([self.eos_id])
+
+    @property
+    def begin_ids(self) -> list[int]:
+        """The ids that the model expects before a text: none, or the token that begins a text."""
+        return []
+
+    @property
+    def special_strings(self) -> dict[str, int]:
+        """The special tokens, as a chat template writes them → their ids."""
+        return {END_OF_TEXT: self.eos_id}
+
+    def named_tokens(self) -> dict[str, str]:
+        """Return `bos`, `eos` and so on → the special token with this meaning, for chat templates."""
+        return {"bos": END_OF_TEXT, "eos": END_OF_TEXT}
+
+    def encode_with_starts(self, text: str) -> list[tuple[int, int]]:
+        """Return the ids of `text`, each with the index of the character where its token begins. The default raises
+        `TokenizerError`."""
+        raise TokenizerError(
+            f"tokenizer {self.name}: is custom code, which runs only with Atlas's own chat template"
+        )
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -77,7 +107,8 @@ class Tokenizer(ABC):
         """Return plain values for a checkpoint or dataset.json. `from_state` rebuilds the tokenizer from these values.
         The values of a custom tokenizer only identify the tokenizer, since a file contains no code."""
         sizes = {"vocab_size": self.vocab_size, "eos_id": self.eos_id}
-        return {"kind": self.kind, "name": self.name, **sizes, "fingerprint": self.fingerprint}
+        state = {"kind": self.kind, "name": self.name, **sizes, "fingerprint": self.fingerprint}
+        return state if self.chat_template is None else {**state, "chat_template": self.chat_template}
 
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.json` that `Tokenizer.load` reads. The default raises `TokenizerError`."""
@@ -91,6 +122,7 @@ class Tokenizer(ABC):
     train: ClassVar[Callable[..., Tokenizer]]
     load: ClassVar[Callable[[str | Path], Tokenizer]]
     from_state: ClassVar[Callable[[Mapping[str, Any]], Tokenizer]]
+    from_checkpoint: ClassVar[Callable[[Mapping[str, Any]], Tokenizer]]
     resolve: ClassVar[Callable[[str | Path], Tokenizer]]
     wrap: ClassVar[Callable[[Any], Tokenizer]]
 

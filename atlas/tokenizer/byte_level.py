@@ -58,6 +58,11 @@ class HFTokenizerBase(Tokenizer):
         encodings = self.hf.encode_batch_fast([*map(well_formed, texts)], add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def encode_with_starts(self, text: str) -> list[tuple[int, int]]:
+        """Return the ids of `text`, each with the index of the character where its token begins."""
+        encoding = self.hf.encode(well_formed(text), add_special_tokens=False)
+        return [(id, start) for id, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)]
+
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer.from_state, (self.state(),)
 

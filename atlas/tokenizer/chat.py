@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from atlas.tokenizer.base import Tokenizer
+from atlas.tokenizer.chat_template import Message as Message
+from atlas.tokenizer.chat_template import encode_prompt_for_answer
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -23,20 +25,15 @@ CHAT_FORMAT = "zephyr"
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
-    "{{ '<|' + message['role'] + '|>\\n' + (message['content'] | trim) + eos_token + '\\n' }}"
+    "{{ '<|' + message['role'] + '|>\\n' }}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{% generation %}{{ (message['content'] | trim) + eos_token }}{% endgeneration %}"
+    "{%- else -%}{{ (message['content'] | trim) + eos_token }}{%- endif -%}"
+    "{{ '\\n' }}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|assistant|>\\n' }}{%- endif -%}"
 )
 """The template in Jinja, for GGUF files and Hugging Face's tokenizers."""
-
-
-class Message(NamedTuple):
-    """A message of a conversation. White space around `content` is ignored."""
-
-    role: str
-    content: str
-    learn: bool = True
-    """Whether the model learns an answer. Other messages are never learnt."""
 
 
 class Turn(NamedTuple):
@@ -60,8 +57,19 @@ def turns_of(messages: Sequence[Message]) -> list[Turn]:
     return turns
 
 
+def has_own_template(tokenizer: Tokenizer) -> bool:
+    """Return whether a tokenizer has a chat template other than Atlas's."""
+    return tokenizer.chat_template not in (None, CHAT_TEMPLATE)
+
+
 def encode_chat(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of a conversation, as a prompt for the assistant's next answer."""
+    """Return the ids of a conversation, as a prompt for the assistant's next answer. Without a chat template of its
+    own, the tokenizer uses Atlas's.
+
+    Raises `DataError` if the tokenizer's template refuses the conversation.
+    """
+    if has_own_template(tokenizer):
+        return encode_prompt_for_answer(messages, tokenizer)
     ids = []
     for prompt, answer, _ in turns_of(messages):
         ids += [*tokenizer.encode(prompt), *(tokenizer.encode(answer) if answer else []), tokenizer.eos_id]

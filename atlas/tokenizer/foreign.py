@@ -27,6 +27,8 @@ class SpecialTokens(NamedTuple):
 
     bos: int | None = None
     """Begins a text."""
+    eos: int | None = None
+    """What chat templates call the end of a text. In a chat model it ends an answer."""
     pad: int | None = None
     unk: int | None = None
     stops: tuple[int, ...] = ()
@@ -39,9 +41,9 @@ class SpecialTokens(NamedTuple):
         """Return the special tokens in the state of a tokenizer. Earlier versions did not store them."""
         if not isinstance(state, dict):
             return cls()
-        ids = {name: _ids(state.get(name))[:1] for name in ("bos", "pad", "unk")}
-        bos, pad, unk = (found[0] if found else None for found in ids.values())
-        return cls(bos, pad, unk, tuple(_ids(state.get("stops"))), state.get("adds_bos") is True)
+        ids = {name: _ids(state.get(name))[:1] for name in ("bos", "eos", "pad", "unk")}
+        bos, eos, pad, unk = (found[0] if found else None for found in ids.values())
+        return cls(bos, eos, pad, unk, tuple(_ids(state.get("stops"))), state.get("adds_bos") is True)
 
 
 def _ids(value: Any) -> list[int]:
@@ -108,20 +110,49 @@ class ForeignTokenizer(HFTokenizerBase):
         named = _read_object(folder / "tokenizer_config.json")
 
         def id_of(name: str) -> int | None:
-            if ids := _ids(config.get(f"{name}_token_id")):
-                return ids[0] if ids[0] < self.vocab_size else None
             token = named.get(f"{name}_token")
             text = token.get("content") if isinstance(token, dict) else token
-            return self.hf.token_to_id(text) if isinstance(text, str) else None
+            id = self.hf.token_to_id(text) if isinstance(text, str) else None
+            return next((id for id in [id, *_ids(config.get(f"{name}_token_id"))] if id is not None), None)
 
-        ends = [*_ids(config.get("eos_token_id")), *_ids(generation.get("eos_token_id"))]
-        if isinstance(end := named.get("eos_token"), str) and (id := self.hf.token_to_id(end)) is not None:
-            ends.append(id)
-        bos = id_of("bos")
+        bos, eos = id_of("bos"), id_of("eos")
+        ends = [*_ids(config.get("eos_token_id")), *_ids(generation.get("eos_token_id")), *_ids(eos)]
         starts = self.hf.encode("a").ids[:1]
         stops = tuple(dict.fromkeys(id for id in ends if id < self.vocab_size))
         adds_bos = bos is not None and (starts == [bos] or named.get("add_bos_token") is True)
-        return SpecialTokens(bos, id_of("pad"), id_of("unk"), stops, adds_bos)
+        return SpecialTokens(bos, eos, id_of("pad"), id_of("unk"), stops, adds_bos)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end a text or an answer."""
+        return frozenset([self.eos_id, *self.special.stops])
+
+    @property
+    def begin_ids(self) -> list[int]:
+        """The ids that the model expects before a text: none, or the token that begins a text."""
+        bos = self.special.bos
+        return [bos] if self.special.adds_bos and bos is not None else []
+
+    @cached_property
+    def special_strings(self) -> dict[str, int]:
+        """The special tokens, as a chat template writes them → their ids."""
+        return {added["content"]: added["id"] for added in self._added if added["special"]}
+
+    @cached_property
+    def without_blanks_after(self) -> frozenset[str]:  # type: ignore[override]
+        """Special tokens after which blanks are no part of the text."""
+        return frozenset(added["content"] for added in self._added if added["special"] and added["rstrip"])
+
+    def named_tokens(self) -> dict[str, str]:
+        """Return `bos`, `eos` and so on → the special token with this meaning, for chat templates."""
+        eos = self.eos_id if self.special.eos is None else self.special.eos
+        ids = {"bos": self.special.bos, "eos": eos, "pad": self.special.pad, "unk": self.special.unk}
+        return {name: self.hf.id_to_token(id) or "" for name, id in ids.items() if id is not None}
+
+    @property
+    def _added(self) -> list[dict[str, Any]]:
+        added: list[dict[str, Any]] = self.content.get("added_tokens") or []
+        return added
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`."""

@@ -15,6 +15,8 @@ from atlas.errors import TokenizerError
 from atlas.files import read_limited
 from atlas.tokenizer.base import MAX_FILE_BYTES, STORED_AS_FILE, Tokenizer
 from atlas.tokenizer.bpe import BPETokenizer, NotGPT2s, train_bpe
+from atlas.tokenizer.chat import CHAT_FORMAT, CHAT_TEMPLATE
+from atlas.tokenizer.chat_template import read_chat_template
 from atlas.tokenizer.custom import CustomTokenizer, import_object
 from atlas.tokenizer.foreign import ForeignTokenizer, SpecialTokens
 from atlas.tokenizer.gpt2 import gpt2_tokenizer
@@ -26,10 +28,35 @@ def load(path: str | Path) -> Tokenizer:
     path = path / "tokenizer.json" if path.is_dir() else path
     if path.name == "tokenizer.json" and path.with_name("dataset.json").is_file():
         return from_state(_state_in_dataset(path.parent))
+    tokenizer: Tokenizer
     try:
-        return BPETokenizer.from_file(path)
+        tokenizer = BPETokenizer.from_file(path)
     except NotGPT2s as refusal:
-        return ForeignTokenizer.from_file(path, refusal)
+        tokenizer = ForeignTokenizer.from_file(path, refusal)
+    return with_chat_template(tokenizer, read_chat_template(path.parent))
+
+
+def with_chat_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
+    """Return a tokenizer with a chat template, unless it has one."""
+    if template is None or tokenizer.chat_template is not None:
+        return tokenizer
+    other: Tokenizer = object.__new__(type(tokenizer))  # `copy` would pickle it, and GPT-2's exists only once
+    other.__dict__.update(tokenizer.__dict__, chat_template=template)
+    return other
+
+
+def from_checkpoint(contents: Mapping[str, Any]) -> Tokenizer:
+    """Return the tokenizer of a checkpoint, with the model's chat template."""
+    return with_chat_template(from_state(contents["tokenizer"]), chat_template_of(contents))
+
+
+def chat_template_of(contents: Mapping[str, Any]) -> str | None:
+    """Return the chat template of the model in a checkpoint, or None. Earlier versions stored it beside the
+    tokenizer."""
+    data = contents.get("data") or {}
+    earlier = CHAT_TEMPLATE if data.get("chat_form") == CHAT_FORMAT else data.get("chat_template")
+    template = contents["tokenizer"].get("chat_template", earlier)
+    return template if isinstance(template, str) else None
 
 
 def from_state(state: Mapping[str, Any]) -> Tokenizer:
@@ -66,7 +93,8 @@ def from_state(state: Mapping[str, Any]) -> Tokenizer:
                 f"stored tokenizer {name!s:.80}: its vocabulary has {fact} {value}, not {state.get(fact)!s:.80}; "
                 "the file is damaged or was edited"
             )
-    return tokenizer
+    template = state.get("chat_template")
+    return with_chat_template(tokenizer, template if isinstance(template, str) else None)
 
 
 def resolve(spec: str | Path) -> Tokenizer:
@@ -110,5 +138,5 @@ def _state_in_dataset(folder: Path) -> dict[str, Any]:
 
 
 Tokenizer.gpt2, Tokenizer.train = staticmethod(gpt2_tokenizer), staticmethod(train_bpe)
-for _constructor in (load, from_state, resolve, wrap):
+for _constructor in (load, from_state, from_checkpoint, resolve, wrap):
     setattr(Tokenizer, _constructor.__name__, staticmethod(_constructor))

@@ -19,7 +19,7 @@ from atlas.files import explain_failed_write, replacing
 from atlas.machine import measure_memory
 from atlas.model import AtlasLM, add_lora, build_model
 from atlas.model.cost import count_parameters
-from atlas.tokenizer.chat import CHAT_FORMAT
+from atlas.tokenizer.chat import CHAT_FORMAT, CHAT_TEMPLATE
 from atlas.training.checkpoint.async_saver import BackgroundSaver
 from atlas.training.checkpoint.load import left_in_shards, load_weights
 from atlas.training.checkpoint.lock import undone_after_error
@@ -158,7 +158,7 @@ def _identity(start: Start) -> dict[str, Any]:
         "fingerprint": data.fingerprint,
         "val_fingerprint": data.val_fingerprint,
         "train_data": data.name,
-        "chat_form": CHAT_FORMAT if data.has_conversations else None,
+        "chat_form": CHAT_FORMAT if data.tokenizer.chat_template == CHAT_TEMPLATE else None,
     }
     return identity if base is None else {**identity, "base": base}
 

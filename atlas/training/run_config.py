@@ -14,6 +14,7 @@ from atlas.config.loader import Layer, resolve
 from atlas.data import ResolvedData, resolve_data, resolve_mixture
 from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
+from atlas.tokenizer.load import chat_template_of, with_chat_template
 from atlas.training.schedule import length_of
 
 CHAT_RATE, CHAT_RATE_WIDTH = 2e-3, 128
@@ -39,8 +40,10 @@ def with_data(
     tokenizer: Tokenizer | None = None
     if asked is not None:
         tokenizer = Tokenizer.resolve(asked)
+        if contents and tokenizer.fingerprint == contents["tokenizer"].get("fingerprint"):
+            tokenizer = with_chat_template(tokenizer, chat_template_of(contents))
     elif contents:
-        tokenizer = Tokenizer.from_state(contents["tokenizer"])
+        tokenizer = Tokenizer.from_checkpoint(contents)
     how: dict[str, Any] = {
         "val_fraction": config.data.val_fraction,
         "chat_format": config.data.chat_format,

@@ -463,15 +463,13 @@ def test_a_dialogue_remembers_and_a_text_model_refuses(
     assert loaded.tokenizer.decode(ids).endswith("<|assistant|>\n" + second)
 
     (tmp_path / "text.txt").write_text(corpus(), encoding="utf-8")
-    more = layer(tmp_path / "text", tmp_path / "text.txt", training__max_steps=1)
+    more = layer(tmp_path / "more", tmp_path / "text.txt", training__max_steps=1)
     del more["model"], more["data"]["tokenizer"]
     trained(more, init_from=str(source))
-    assert (
-        main(
-            ["generate", "--chat", "--checkpoint", str(tmp_path / "text" / "atlas_best.pt"), "--prompt", "x"]
-        )
-        == 2
-    )
+    trained(layer(tmp_path / "text", tmp_path / "text.txt", training__max_steps=1, data__tokenizer="gpt2"))
+    for folder, code in (("more", 0), ("text", 2)):  # fine-tuning on a text keeps the template
+        checkpoint = str(tmp_path / folder / "atlas_best.pt")
+        assert main(["generate", "--chat", "--checkpoint", checkpoint, "--prompt", "x", *greedy]) == code
     assert "was not trained on conversations" in capfd.readouterr().err
 
 
@@ -524,7 +522,7 @@ def test_a_mixture_with_text_trains_on_both(tmp_path: Path, tuned: Path) -> None
     assert load_checkpoint(tmp_path / "out" / "atlas_best.pt")["data"]["chat_form"]
 
 
-def test_an_imported_models_own_template_is_kept_and_not_run(
+def test_an_imported_models_own_template_is_kept_and_run(
     tmp_path: Path, bpe: ByteLevelTokenizer, capfd: pytest.CaptureFixture[str]
 ) -> None:
     import gguf
@@ -546,8 +544,7 @@ def test_an_imported_models_own_template_is_kept_and_not_run(
     assert field is not None
     assert field.contents() == template
     assert main([*command, "--modelfile"]) == 2
-    assert (
-        main(["generate", "--chat", "--checkpoint", str(tmp_path / "in" / "atlas_best.pt"), "--prompt", "x"])
-        == 2
-    )
-    assert "its own chat template" in capfd.readouterr().err
+    loaded = load_model(tmp_path / "in" / "atlas_best.pt")
+    assert loaded.generate("x", max_tokens=5, temperature=0, chat=True) == loaded.generate(
+        "x!", max_tokens=5, temperature=0
+    ).removeprefix("x!")

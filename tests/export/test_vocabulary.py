@@ -172,7 +172,7 @@ def test_special_tokens_come_from_the_files_beside_the_tokenizer(tmp_path: Path)
     )
     tokenizer = Tokenizer.load(tmp_path)
     assert isinstance(tokenizer, ForeignTokenizer)
-    assert tokenizer.special == SpecialTokens(bos=0, pad=3, unk=None, stops=(1, 2), adds_bos=True)
+    assert tokenizer.special == SpecialTokens(bos=0, eos=2, pad=3, unk=None, stops=(1, 2), adds_bos=True)
     kept = Tokenizer.from_state(tokenizer.state())
     assert isinstance(kept, ForeignTokenizer)
     assert kept.special == tokenizer.special

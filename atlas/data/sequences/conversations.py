@@ -38,7 +38,8 @@ from atlas.data.text.sources import Sources
 from atlas.errors import DataError
 from atlas.progress import byte_progress
 from atlas.tokenizer import Tokenizer
-from atlas.tokenizer.chat import Message, Turn, turns_of
+from atlas.tokenizer.chat import Message, Turn, has_own_template, turns_of
+from atlas.tokenizer.chat_template import encode_conversation
 
 _ROWS_PER_STEP = 1024
 _DEFAULT_FRACTION = DataConfig().val_fraction
@@ -129,12 +130,16 @@ def read_conversations(
     with byte_progress(sources.total_bytes, "reading conversations") as advance:
         read = _conversations_in(sources, report, understood, layout, advance)
         while some := [*itertools.islice(read, _ROWS_PER_STEP)]:
+            if has_own_template(tokenizer):
+                some, encoded = _by_template(some, tokenizer, sources, report)
+                chats += encoded
+            else:
+                turns = [turns_of(messages) for messages in some]
+                ids = iter(
+                    tokenizer.encode_arrays([text for chat in turns for turn in chat for text in turn[:2]])
+                )
+                chats += [_tokens_of(chat, ids, tokenizer.eos_id) for chat in turns]
             digests += b"".join(map(_digest_of, some))
-            turns = [turns_of(messages) for messages in some]
-            ids = iter(
-                tokenizer.encode_arrays([text for chat in turns for turn in chat for text in turn[:2]])
-            )
-            chats += [_tokens_of(chat, ids, tokenizer.eos_id) for chat in turns]
     report.check_faults(sources.reading.on_error, total_bytes=sources.total_bytes)
     if not chats:
         raise DataError(
@@ -207,6 +212,27 @@ def _conversations_in(
 
 _Chat = tuple[NDArray[np.uint32], NDArray[np.bool_], int]
 """The tokens of a conversation, the marks of the answer tokens, and the number of bytes in the answers."""
+
+
+def _by_template(
+    conversations: Sequence[list[Message]], tokenizer: Tokenizer, sources: Sources, report: SourceReport
+) -> tuple[list[list[Message]], list[_Chat]]:
+    """Return the conversations that the model's own chat template takes, and their tokens. The others are faults."""
+    taken: list[list[Message]] = []
+    chats: list[_Chat] = []
+    for messages in conversations:
+        try:
+            tokens, is_answer = encode_conversation(messages, tokenizer)
+        except DataError as error:
+            report.add_fault(error, sources.reading.on_error)
+            continue
+        learnt = [
+            message.content.strip() for message in messages if message.role == "assistant" and message.learn
+        ]
+        num_bytes = sum(len(answer.encode()) for answer in learnt)
+        chats.append((np.array(tokens, np.uint32), np.array(is_answer, np.bool_), num_bytes))
+        taken.append(messages)
+    return taken, chats
 
 
 def _tokens_of(chat: Sequence[Turn], ids: Iterator[NDArray[np.uint32]], eos_id: int) -> _Chat:

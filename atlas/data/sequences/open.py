@@ -15,6 +15,8 @@ from atlas.data.shards import TokenStream, is_prepared, open_dataset
 from atlas.data.text.documents import Reading
 from atlas.errors import DataError
 from atlas.tokenizer import Tokenizer
+from atlas.tokenizer.chat import CHAT_TEMPLATE
+from atlas.tokenizer.load import with_chat_template
 
 Stream = TokenStream | Conversations
 
@@ -94,7 +96,7 @@ def resolve_data(
             "to train on the text"
         )
     if has_conversations:
-        tokenizer = tokenizer or Tokenizer.gpt2()
+        tokenizer = with_chat_template(tokenizer or Tokenizer.gpt2(), CHAT_TEMPLATE)
         train, val, notes = read_conversations(
             train_data, tokenizer, val_fraction=held_out, chat_format=chat_format, on_error=on_error
         )
@@ -167,7 +169,9 @@ def resolve_mixture(
         trains=tuple(part.train for part in parts),
         weights=weights,
         vals=parts[0].vals if val_data else tuple(stream for part in parts for stream in part.vals),
-        tokenizer=parts[0].tokenizer,
+        tokenizer=next(
+            (part.tokenizer for part in parts if part.tokenizer.chat_template), parts[0].tokenizer
+        ),
         fingerprint=hashlib.sha256("\n".join(identity).encode()).hexdigest(),
         notes=[note for part in parts for note in part.notes],
     )
