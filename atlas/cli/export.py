@@ -17,6 +17,7 @@ from atlas.errors import AtlasError
 from atlas.export.quantize import Quantization
 from atlas.files import encodable, explain_failed_write, local_path, read_limited
 from atlas.outputs import place_of_file, replacing_output
+from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.chat import CHAT_TEMPLATE
 
 if TYPE_CHECKING:
@@ -84,9 +85,10 @@ def export(
         from atlas.config.loader import resolve
         from atlas.export.peft import export_adapter
 
-        config, base = resolve(contents["config"]), str(contents.get("initialized_from") or "")
-        weights = contents["model_state_dict"]
-        return _list_files(export_adapter(weights, config.model, config.lora, target, base=base))
+        config, weights = resolve(contents["config"]), contents["model_state_dict"]
+        base = contents["data"].get("imported_from") or contents.get("initialized_from") or ""
+        own = Tokenizer.from_checkpoint(contents)
+        return _list_files(export_adapter(weights, config.model, config.lora, own, target, base=str(base)))
     loaded = load_model(path, contents=contents)
     if format == "hf":
         from atlas.export.huggingface import export_hf

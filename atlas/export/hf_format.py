@@ -157,14 +157,12 @@ def _transposed(tensor: Tensor, name: str, config: ModelConfig) -> Tensor:
     return (tensor.T if is_turned else tensor).contiguous()
 
 
-def config_out(config: ModelConfig, *, eos_id: int, dtype: str) -> dict[str, Any]:
+def config_out(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
     """The content of config.json for a model with this config. `dtype` is PyTorch's name of the weights' type."""
     family, sizes = architecture_of(config), config.resolved_sizes
     content: dict[str, Any] = {
         "architectures": [CLASSES[family]],
         "model_type": family,
-        "bos_token_id": eos_id,
-        "eos_token_id": eos_id,
         "torch_dtype": dtype,
         **{key: sizes[field] for field, (key, _) in _SIZES[family].items()},
     }

@@ -20,6 +20,7 @@ from atlas.files import encodable
 from atlas.model import AtlasLM
 from atlas.outputs import write_folder
 from atlas.tokenizer import Tokenizer
+from atlas.tokenizer.foreign import ForeignTokenizer
 
 HFType = Literal["f32", "f16", "bf16"]
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -46,24 +47,17 @@ def export_hf(
     import_safetensors("--format hf: needs safetensors")
     folder = Path(folder)
     check_tokenizer(tokenizer, model.config)
-    eos_id, kind = tokenizer.eos_id, _DTYPES[dtype]
-    ends = {"bos_token_id": eos_id, "eos_token_id": eos_id}
+    kind, ids, stops = _DTYPES[dtype], special_ids(tokenizer), sorted(tokenizer.stop_ids)
+    shown = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95}
     state = state_out(model.state_dict(), model.config)
     tensors = {tensor_name: tensor.to(kind) for tensor_name, tensor in state.items()}
     for tensor_name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ExportError(f"{tensor_name}: holds values that {dtype} cannot hold; use --quantize f32")
     configs = {
-        "config.json": config_out(model.config, eos_id=eos_id, dtype=str(kind).split(".")[1]),
-        "generation_config.json": {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95, **ends},
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": tokenizer.decode([eos_id]),
-            "eos_token": tokenizer.decode([eos_id]),
-            "model_max_length": model.config.max_seq_len,
-            "clean_up_tokenization_spaces": False,
-            **({"chat_template": chat_template} if chat_template else {}),
-        },
+        "config.json": config_out(model.config, dtype=str(kind).split(".")[1]) | ids,
+        "generation_config.json": shown | ids | {"eos_token_id": stops if len(stops) > 1 else stops[0]},
+        "tokenizer_config.json": tokenizer_config(tokenizer, model.config.max_seq_len, chat_template),
     }
     card = _model_card(model, name, dtype, facts or {}, license, answers=chat_template is not None)
 
@@ -77,6 +71,29 @@ def export_hf(
         shutil.copymode(folder / "README.md", folder / "model.safetensors")
 
     return write_folder(folder, (*configs, "tokenizer.json", "README.md", "model.safetensors"), write)
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Return the ids of the special tokens, by their names in config.json. A model of Atlas begins and pads a text with
+    the token that ends it."""
+    eos_id = tokenizer.eos_id
+    if not isinstance(tokenizer, ForeignTokenizer):
+        return {"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
+    bos, pad = tokenizer.special.bos, tokenizer.special.pad
+    ids = {"bos_token_id": bos, "eos_token_id": eos_id, "pad_token_id": eos_id if pad is None else pad}
+    return {name: id for name, id in ids.items() if id is not None}
+
+
+def tokenizer_config(tokenizer: Tokenizer, context: int, chat_template: str | None) -> dict[str, Any]:
+    """The content of tokenizer_config.json."""
+    named = tokenizer.named_tokens()
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{f"{name}_token": token for name, token in ({"pad": named["eos"]} | named).items()},
+        "model_max_length": context,
+        "clean_up_tokenization_spaces": False,
+        **({"chat_template": chat_template} if chat_template else {}),
+    }
 
 
 def _model_card(

@@ -17,21 +17,24 @@ from atlas.config import LoraConfig, ModelConfig
 from atlas.errors import ExportError
 from atlas.export.architectures import separated
 from atlas.export.hf_format import import_safetensors, names_of, save_tensors
+from atlas.export.huggingface import tokenizer_config
 from atlas.outputs import write_folder
+from atlas.tokenizer import Tokenizer
 
-_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_FILES = ("adapter_config.json", "tokenizer_config.json", "tokenizer.json", "adapter_model.safetensors")
 
 
 def export_adapter(
     weights: Mapping[str, Tensor],
     config: ModelConfig,
     lora: LoraConfig,
+    tokenizer: Tokenizer,
     folder: str | Path,
     *,
     base: str = "",
 ) -> Path:
-    """Write the low-rank updates in `weights`, a training state dict, to `folder`. Return `folder`. `base` is the name
-    of the base model.
+    """Write the low-rank updates in `weights`, a training state dict, to `folder`, with the tokenizer and its chat
+    template. Return `folder`. `base` is the folder of the base model.
 
     Raises `ExportError` if there are no low-rank updates. Raises `AtlasError` if `folder` contains other files or
     cannot be written.
@@ -60,9 +63,12 @@ def export_adapter(
 
     def write(folder: Path) -> None:
         (folder / _FILES[0]).write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
-        save_tensors(tensors, folder / _FILES[1])
+        settings = tokenizer_config(tokenizer, config.max_seq_len, tokenizer.chat_template)
+        (folder / _FILES[1]).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save(folder / _FILES[2])
+        save_tensors(tensors, folder / _FILES[3])
         # safetensors creates a file that only its owner can read
-        shutil.copymode(folder / _FILES[0], folder / _FILES[1])
+        shutil.copymode(folder / _FILES[0], folder / _FILES[3])
 
     return write_folder(Path(folder), _FILES, write)
 

@@ -38,7 +38,7 @@ def save_imported(
         "epoch": 0,
         "config": AtlasConfig(model=model.config).model_dump(mode="json"),
         "tokenizer": tokenizer.state(),
-        "data": {},
+        "data": {"imported_from": source},
         "initialized_from": source,
         "machine": {},
     }

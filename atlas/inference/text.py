@@ -124,9 +124,7 @@ def stream_ids(
         raise AtlasError(f"--max-tokens {max_tokens}: must be at least 1")
     model, stop_ids = loaded.model, loaded.tokenizer.stop_ids
     streams = [TextStream(loaded.tokenizer, stop) for _ in prompts]
-    steps = generate(
-        model, prompts, sampling, max_tokens=max_tokens, eos_id=stop_ids, generators=generators
-    )
+    steps = generate(model, prompts, sampling, max_tokens=max_tokens, eos_id=stop_ids, generators=generators)
     for step in steps:
         count(sum(token is not None for token in step))
         rows = list(zip(streams, step, strict=True))

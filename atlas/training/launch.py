@@ -151,7 +151,7 @@ def _open_folder(
 
 def _identity(start: Start) -> dict[str, Any]:
     """Return a description of the run's data. Every checkpoint of the run stores this description. `base` identifies
-    the checkpoint that the run fine-tunes."""
+    the checkpoint that the run fine-tunes, and `imported_from` is the folder that its first weights came from."""
     data, old = start.data, start.contents.get("data", {})
     base = {"finetune": base_key(start.contents), "resume": old.get("base")}.get(start.mode)
     identity = {
@@ -160,7 +160,11 @@ def _identity(start: Start) -> dict[str, Any]:
         "train_data": data.name,
         "chat_form": CHAT_FORMAT if data.tokenizer.chat_template == CHAT_TEMPLATE else None,
     }
-    return identity if base is None else {**identity, "base": base}
+    if base is not None:
+        identity["base"] = base
+    if imported_from := old.get("imported_from"):
+        identity["imported_from"] = imported_from
+    return identity
 
 
 def _build(start: Start, config: AtlasConfig) -> AtlasLM:

@@ -19,6 +19,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -219,6 +220,74 @@ def test_a_foreign_tokenizer_is_kept_as_it_is(
     before, after = (load_file(Path(folder, "model.safetensors")) for folder in ("public", "back"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_what_a_chat_model_brings_is_kept_on_the_way_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Import, one update with LoRA on conversations, and export in both formats."""
+    own = tokenizers.Tokenizer(tokenizers.models.BPE())
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Digits(individual_digits=True),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    own.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<pad>", "<unk>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    own.train_from_iterator([corpus()], trainer)
+    named = {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    model = random_model("llama")
+    model.config.bos_token_id, model.config.eos_token_id = 0, 1
+    model.generation_config.bos_token_id, model.generation_config.eos_token_id = 0, [1, 3]
+    model.save_pretrained(tmp_path / "public")
+    fast = PreTrainedTokenizerFast(tokenizer_object=own, chat_template=template, **named)
+    fast.save_pretrained(tmp_path / "public")
+    rows = [{"prompt": f"river {n}?", "response": "The river runs."} for n in range(8)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    assert main(["import", "public", "--output-dir", "in"]) == 0
+    tuned = [
+        "train",
+        "--init-from",
+        "in/atlas_best.pt",
+        "--train-data",
+        "chats.jsonl",
+        "--output-dir",
+        "tuned",
+    ]
+    assert main([*tuned, "--max-steps", "1", "--set", "lora.rank=2", "--set", "training.warmup_steps=0"]) == 0
+    command = ["export", "--checkpoint", "tuned/atlas_best.pt"]
+    assert main([*command, "--format", "hf", "--output", "back"]) == 0
+    assert main([*command, "--format", "peft", "--output", "adapter"]) == 0
+
+    talk = [{"role": "user", "content": "river 3?"}]
+    expected = fast.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
+    for folder in ("back", "adapter"):
+        theirs = AutoTokenizer.from_pretrained(folder)
+        assert {name: getattr(theirs, name) for name in named} == named
+        assert theirs.chat_template == template
+        assert theirs.apply_chat_template(talk, add_generation_prompt=True, return_dict=False) == expected
+    assert json.loads(Path("adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "public"
+    back = AutoModelForCausalLM.from_pretrained("back")
+    assert sorted(back.generation_config.eos_token_id) == [1, 3]
+    assert (back.config.bos_token_id, back.config.eos_token_id, back.config.pad_token_id) == (0, 1, 4)
+    theirs = AutoTokenizer.from_pretrained("back", padding_side="left")
+    prompts, options = ["river", "the old mill runs past"], {"max_new_tokens": 5, "do_sample": False}
+    batch = theirs(prompts, padding=True, return_tensors="pt")
+    together = back.generate(**batch, **options)[:, -5:].tolist()
+    each = [back.generate(**theirs(text, return_tensors="pt"), **options) for text in prompts]
+    alone = [ids[0, -5:].tolist() for ids in each]
+    assert together == alone
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def test_peft_and_merged_weights_compute_what_the_model_computes(
     alone.load_state_dict(merged(model.state_dict(), lora))
     assert float((alone(tokens) - expected).detach().abs().max()) <= 1e-5 * largest
 
-    export_adapter(model.state_dict(), model.config, lora, tmp_path / "adapter", base="base")
+    export_adapter(model.state_dict(), model.config, lora, bpe, tmp_path / "adapter", base="base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     assert float((theirs(tokens).logits - expected).detach().abs().max()) <= 1e-5 * largest
@@ -130,6 +130,8 @@ def test_a_run_with_updates_resumes_and_its_model_is_used_as_any_other(
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
     ]
 
 
