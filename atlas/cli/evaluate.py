@@ -101,7 +101,7 @@ def _on_text(loaded: LoadedModel, data: str, batch_size: int, device: str, worst
             f"{loaded.tokenizer.name}: set --data to the original text"
         )
     stream = resolved.val or resolved.train
-    dataset = validation_windows(stream, loaded.config)
+    dataset = validation_windows(stream, resolve(loaded.facts["config"]))  # as in training
     runtime = setup_runtime(resolve({"device": device, "training": {"precision": "fp32"}}))
     verifier = DatasetVerifier(dataset.files)
     every, loss, track = range(len(dataset)), SummedLoss(loaded.model), _bar("evaluating")

@@ -66,6 +66,7 @@ def generate(
     ] = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    context: options.Context = None,
     tokenizer: options.CustomTokenizer = None,
 ) -> None:
     """Generate text with a trained model, from --prompt, --prompts-file or --interactive."""
@@ -81,7 +82,7 @@ def generate(
     written = local_path("--output-file", output_file) if output_file else None
     if written and (written.is_dir() or not written.parent.is_dir()):
         raise AtlasError(f"--output-file {output_file}: cannot be written; name a file in an existing folder")
-    loaded = load_model(checkpoint, device=device, tokenizer=tokenizer, dtype=dtype)
+    loaded = load_model(checkpoint, device=device, tokenizer=tokenizer, dtype=dtype, context=context)
     if chat:
         loaded.check_chat()
     if loaded.model.head_weight.device.type == "cpu":

@@ -18,6 +18,10 @@ Dtype = Annotated[
         metavar="DTYPE",
     ),
 ]
+Context = Annotated[
+    int | None,
+    typer.Option(help="Use a shorter context than the model's, in tokens. It needs less memory.", min=1),
+]
 CustomTokenizer = Annotated[
     str | None, typer.Option(help="package.module:factory, for a model trained with a custom tokenizer.")
 ]

@@ -75,6 +75,7 @@ def serve(
     ] = 300.0,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    context: options.Context = None,
     tokenizer: options.CustomTokenizer = None,
 ) -> None:
     """Start an OpenAI-compatible server. Ctrl-C or SIGTERM stops the server after current generations have finished."""
@@ -98,7 +99,9 @@ def serve(
 
     listener = listen(host, port)
     paths = checkpoint or ([] if gguf else [options.BEST_CHECKPOINT])
-    models = [load_model(path, device=device, tokenizer=tokenizer, dtype=dtype) for path in paths]
+    models = [
+        load_model(path, device=device, tokenizer=tokenizer, dtype=dtype, context=context) for path in paths
+    ]
     backends: list[Backend] = [
         _engine(model, name, parallel=parallel, queue=queue)
         for model, name in zip(models, _names([model.path for model in models]), strict=True)
@@ -109,7 +112,8 @@ def serve(
         from atlas.serving.llama import Llama
 
         parallel = parallel or _LLAMA_PARALLEL
-        llama = Llama(gguf, parallel=parallel, queue=queue, threads=torch.get_num_threads())
+        threads = torch.get_num_threads()
+        llama = Llama(gguf, parallel=parallel, queue=queue, threads=threads, context=context)
         say(f"{llama.id}: {gguf}: {parallel} sequences in parallel in llama.cpp")
         if llama.id in [backend.id for backend in backends]:
             raise AtlasError(f"--gguf {gguf}: a checkpoint has the same name: rename one of the two files")
@@ -154,7 +158,7 @@ def _engine(model: LoadedModel, name: str, *, parallel: int | None, queue: int) 
     if (parallel or 1) * per_sequence > free:
         raise AtlasError(
             f"--parallel {parallel or 1}: the cache of a sequence needs {per_sequence / 1e6:,.1f} MB, and "
-            f"{free / 1e6:,.1f} MB of memory are free: use a smaller --parallel, or serve a smaller model"
+            f"{free / 1e6:,.1f} MB of memory are free: use a smaller --parallel or --context, or serve a smaller model"
         )
     parallel = parallel or max(1, min(_MOST_PARALLEL, int(_CACHE_FRACTION * free) // per_sequence))
     if device == "cpu":

@@ -100,7 +100,8 @@ def _model_card(
     model: AtlasLM, name: str, dtype: str, facts: Mapping[str, Any], license: str | None, *, answers: bool
 ) -> str:
     config, sequences = model.config, facts.get("sequences_consumed")
-    training = facts.get("config", {}).get("training", {})
+    settings = facts.get("config", {})
+    training, trained = settings.get("training", {}), settings.get("model", {}).get("max_seq_len", 0)
     losses = {"training loss": facts.get("loss"), "validation loss": facts.get("val_loss")}
     rows = {
         "parameters": f"{model.num_parameters():,}",
@@ -111,7 +112,7 @@ def _model_card(
         "weights": dtype,
         "trained on": facts.get("data", {}).get("train_data"),
         "updates": facts.get("step"),
-        "tokens seen": f"{sequences * config.max_seq_len:,}" if sequences else None,
+        "tokens seen": f"{sequences * trained:,}" if sequences and trained else None,
         "optimizer": training.get("optimizer"),
         "peak learning rate": training.get("learning_rate"),
         **{name: f"{loss:.4f} nats per token" for name, loss in losses.items() if loss is not None},

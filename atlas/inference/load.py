@@ -148,11 +148,14 @@ def load_model(
     device: str = "cpu",
     tokenizer: str | None = None,
     dtype: str = "f32",
+    context: int | None = None,
     contents: dict[str, Any] | None = None,
 ) -> LoadedModel:
     """Load a checkpoint for inference, evaluation or export, with weights in `dtype`: f32, bf16, f16 or auto.
 
     `tokenizer` names a custom tokenizer (`package.module:factory`); other tokenizers are stored inside the checkpoint.
+    `context` is a shorter context than the model's, which needs less memory. A model with RoPE that was fine-tuned with
+    a shorter context than its base has the context of its base.
     `contents` is the result of `load_checkpoint(path)`, if the caller has loaded the checkpoint already. Raises
     `AtlasError` if the file is missing, damaged or not a checkpoint, or if the model was trained with another
     tokenizer.
@@ -176,9 +179,22 @@ def load_model(
         raise AtlasError(
             f"--tokenizer {tokenizer}: is not the tokenizer that {path} was trained with ({saved.get('name')})"
         )
+    config = config.replace("model", max_seq_len=_context_of(config, contents, context))
     is_large = count_parameters(config.model).total >= _LARGE
     with torch.device("meta" if is_large else "cpu"):
         model = AtlasLM(config.model)
+    if (positions := contents["model_state_dict"].get("position_embedding.weight")) is not None:
+        contents["model_state_dict"]["position_embedding.weight"] = positions[: config.model.max_seq_len]
     load_weights(model, contents, path)
     facts = {key: value for key, value in contents.items() if not key.endswith("_state_dict")}
     return LoadedModel(model.to(where, kind).eval(), own, config, path, facts)
+
+
+def _context_of(config: AtlasConfig, contents: dict[str, Any], asked: int | None) -> int:
+    """Return the context for inference: that of the model or, for a fine-tuned model with RoPE, of its base, unless the
+    user asked for a shorter one."""
+    base = contents["data"].get("context")
+    longest = max(config.model.max_seq_len, base if type(base) is int else 0)
+    if asked is not None and not 1 <= asked <= longest:
+        raise AtlasError(f"--context {asked}: the model's context has 1 to {longest:,} tokens")
+    return asked or longest

@@ -37,9 +37,11 @@ _WITHHELD: dict[str, Any] = {"logprob": None, "top_logprobs": []}
 class Llama(Backend):
     """A GGUF file and the llama.cpp server that runs it."""
 
-    def __init__(self, path: str, *, parallel: int, queue: int, threads: int) -> None:
-        """Load the file. Raises `AtlasError` if the file is not the GGUF file of a language model, or if llama.cpp is
-        not installed."""
+    def __init__(
+        self, path: str, *, parallel: int, queue: int, threads: int, context: int | None = None
+    ) -> None:
+        """Load the file. `context` is a shorter context than the file's. Raises `AtlasError` if the file is not the
+        GGUF file of a language model, or if llama.cpp is not installed."""
         metadata = read_metadata(Path(path))
         try:
             trained = int(metadata[f"{metadata['general.architecture']}.context_length"])
@@ -47,9 +49,12 @@ class Llama(Backend):
             self._eos_id = int(metadata["tokenizer.ggml.eos_token_id"])
         except KeyError as error:
             raise AtlasError(f"--gguf {path}: has no {error}: give the file of a language model") from None
-        context = trained - 1  # llama.cpp needs one position for the first new token
+        if context is not None and not 2 <= context <= trained:
+            raise AtlasError(f"--context {context}: {path} has a context of {trained:,} tokens")
+        used = context or trained
         name, vocab_size = Path(path).stem, len(self._tokens)
-        super().__init__(name, context=context, vocab_size=vocab_size, parallel=parallel, queue=queue)
+        # llama.cpp needs one position for the first new token
+        super().__init__(name, context=used - 1, vocab_size=vocab_size, parallel=parallel, queue=queue)
         self._is_byte_level = metadata.get("tokenizer.ggml.model") == "gpt2"
         self.longest_token = max(map(len, self._tokens)) if self._is_byte_level else None
         self._has_template = "tokenizer.chat_template" in metadata
@@ -57,7 +62,7 @@ class Llama(Backend):
         try:
             import xllamacpp
 
-            params = server_params(path, trained * parallel, threads, parallel=parallel)
+            params = server_params(path, used * parallel, threads, parallel=parallel)
             params.api_keys = [self._key]
             self._server = xllamacpp.Server(params)
         except ImportError:

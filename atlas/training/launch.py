@@ -151,10 +151,11 @@ def _open_folder(
 
 def _identity(start: Start) -> dict[str, Any]:
     """Return a description of the run's data. Every checkpoint of the run stores this description. `base` identifies
-    the checkpoint that the run fine-tunes, and `imported_from` is the folder that its first weights came from."""
+    the checkpoint that the run fine-tunes, `context` is the base model's if it is longer, and `imported_from` is the
+    folder that its first weights came from."""
     data, old = start.data, start.contents.get("data", {})
     base = {"finetune": base_key(start.contents), "resume": old.get("base")}.get(start.mode)
-    identity = {
+    identity: dict[str, Any] = {
         "fingerprint": data.fingerprint,
         "val_fingerprint": data.val_fingerprint,
         "train_data": data.name,
@@ -162,9 +163,20 @@ def _identity(start: Start) -> dict[str, Any]:
     }
     if base is not None:
         identity["base"] = base
+    if (context := _longest_context(start)) is not None:
+        identity["context"] = context
     if imported_from := old.get("imported_from"):
         identity["imported_from"] = imported_from
     return identity
+
+
+def _longest_context(start: Start) -> int | None:
+    """Return the context of the model that a run with RoPE fine-tunes, if it is longer than the run's."""
+    old = start.contents.get("data", {}).get("context")
+    if start.mode == "finetune" and start.config.model.position == "rope":
+        base = start.contents["config"]["model"]["max_seq_len"]
+        old = max(base, old if type(old) is int else 0)
+    return old if type(old) is int and old > start.config.model.max_seq_len else None
 
 
 def _build(start: Start, config: AtlasConfig) -> AtlasLM:

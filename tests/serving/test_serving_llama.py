@@ -30,6 +30,17 @@ def file(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_a_shorter_context_is_used(file: Path) -> None:
+    backend = Llama(str(file), parallel=2, queue=8, threads=1, context=32)
+    with served([backend]) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
+        said = client.completions.create(model="exported", prompt=list(range(20)), max_tokens=4)
+        assert said.usage.prompt_tokens == 20
+        with pytest.raises(openai.BadRequestError, match="maximum context length is 31"):
+            client.completions.create(model="exported", prompt=list(range(40)), max_tokens=4)
+    with pytest.raises(AtlasError, match=r"--context 65: .* has a context of 64 tokens"):
+        Llama(str(file), parallel=2, queue=8, threads=1, context=65)
+
+
 @pytest.fixture(scope="module")
 def client(loaded: LoadedModel, file: Path) -> Iterator[openai.OpenAI]:
     """A client of `exported`, the file, and `random`, its checkpoint."""

@@ -21,6 +21,7 @@ import atlas
 from atlas.cli import main
 from atlas.config.loader import nested, overlay
 from atlas.errors import AtlasError
+from atlas.inference.load import load_model
 from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.checkpoint.manager import CheckpointManager
@@ -346,7 +347,20 @@ def test_a_new_run_from_weights_may_have_another_context(
     )
     fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
     [context] = [field.contents() for name, field in fields.items() if name.endswith(".context_length")]
-    assert context == max_seq_len
+    # A model with RoPE still knows the distances that its base was trained on.
+    expected = max_seq_len if position == "learned" else max(16, max_seq_len)
+    assert context == expected
+    more = run_for(with_context(request, tmp_path / "more", 4), init_from=best)
+    assert train(more).step == 3
+    again = load_model(tmp_path / "more" / "atlas_step_3.pt")
+    assert again.config.model.max_seq_len == (4 if position == "learned" else expected)
+    assert load_model(best, context=5).logits("a").shape[0] == 1
+    with pytest.raises(AtlasError, match="5 tokens"):
+        load_model(best, context=4).logits([1] * 5)
+    with pytest.raises(
+        AtlasError, match=f"--context {expected + 1}: the model's context has 1 to {expected} "
+    ):
+        load_model(best, context=expected + 1)
 
 
 @pytest.mark.parametrize("max_seq_len", [8, 24])
