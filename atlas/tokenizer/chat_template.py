@@ -31,6 +31,8 @@ _START, _END, _BREAK = "\ufdd0", "\ufdd1", "\ufdd2"
 that looks like a special token."""
 _OWN, _OWN_MARKS = re.compile(f"[{_START}{_END}{_BREAK}]"), re.compile(f"[{_START}{_END}]")
 _MARKS_ANSWERS = re.compile(r"\{%-?\s*generation\b")
+_DATE_IN_TRAINING = datetime(2024, 7, 26)  # as Llama 3's template has it where there is no clock
+"""Some templates write the date. In training it is always the same one, so that a run resumes with the same data."""
 _LARGEST_TEMPLATE, _LARGEST_CONFIG = 1 << 20, 64 << 20
 
 
@@ -93,13 +95,12 @@ def _compiled(template: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = as_json
     environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(template)
 
 
-def _render(tokenizer: Tokenizer, messages: Sequence[Message], *, for_answer: bool) -> str:
-    """Return the text of a conversation, with `_BREAK` in each text of a message that looks like a special token.
-    `for_answer` adds the beginning of an answer."""
+def _render(tokenizer: Tokenizer, messages: Sequence[Message], date: datetime, *, for_answer: bool) -> str:
+    """Return the text of a conversation on a date, with `_BREAK` in each text of a message that looks like a special
+    token. `for_answer` adds the beginning of an answer."""
     special = tokenizer.special_strings
 
     def plain(text: str) -> str:
@@ -112,7 +113,12 @@ def _render(tokenizer: Tokenizer, messages: Sequence[Message], *, for_answer: bo
     talk = [{"role": message.role, "content": plain(message.content)} for message in messages]
     try:
         return _compiled(tokenizer.chat_template or "").render(
-            messages=talk, add_generation_prompt=for_answer, tools=None, documents=None, **names
+            messages=talk,
+            add_generation_prompt=for_answer,
+            tools=None,
+            documents=None,
+            strftime_now=date.strftime,
+            **names,
         )
     except (
         jinja2.TemplateError,
@@ -130,7 +136,9 @@ def encode_prompt_for_answer(messages: Sequence[Message], tokenizer: Tokenizer) 
 
     Raises `DataError` if the template refuses the conversation.
     """
-    return _encode(_OWN_MARKS.sub("", _render(tokenizer, messages, for_answer=True)), tokenizer)[0]
+    return _encode(
+        _OWN_MARKS.sub("", _render(tokenizer, messages, datetime.now(), for_answer=True)), tokenizer
+    )[0]
 
 
 def encode_conversation(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
@@ -139,7 +147,7 @@ def encode_conversation(messages: Sequence[Message], tokenizer: Tokenizer) -> tu
 
     Raises `DataError` if the template refuses the conversation, or does not show where its answers are.
     """
-    text = _render(tokenizer, messages, for_answer=False).rstrip()
+    text = _render(tokenizer, messages, _DATE_IN_TRAINING, for_answer=False).rstrip()
     learn = [message.learn for message in messages if message.role == "assistant"]
     if _MARKS_ANSWERS.search(tokenizer.chat_template or ""):
         text = _with_marks_of(text, learn)
@@ -174,8 +182,8 @@ def _answers_in(text: str, messages: Sequence[Message], tokenizer: Tokenizer) ->
     for number, message in enumerate(messages):
         if message.role != "assistant" or not message.learn:
             continue
-        before = _render(tokenizer, messages[:number], for_answer=True)
-        after = _render(tokenizer, messages[: number + 1], for_answer=False).rstrip()
+        before = _render(tokenizer, messages[:number], _DATE_IN_TRAINING, for_answer=True)
+        after = _render(tokenizer, messages[: number + 1], _DATE_IN_TRAINING, for_answer=False).rstrip()
         if text.startswith(after) and after.startswith(before):
             places.append((len(before), len(after)))
     return places

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,13 @@ def test_an_answer_that_is_written_otherwise_later_is_not_learnt(folder: Path) -
     ours, _ = both(folder, LATER_SHORTER)
     said = [Message("assistant", f"<think>{n}?</think>It is {n}.") for n in (2, 3)]
     assert learnt(ours, [TALK[0], said[0], TALK[2], said[1]]) == ["<think>3?</think>It is 3.<|im_end|>"]
+
+
+def test_the_date_of_a_template_is_todays_in_a_chat_and_fixed_in_training(folder: Path) -> None:
+    """Otherwise a run could not resume on another day."""
+    ours, _ = both(folder, "{{ strftime_now('%d %b %Y') }}\n" + CHATML)
+    assert datetime.now().strftime("%Y") in ours.decode(encode_chat(TALK[:1], ours))
+    assert ours.decode(encode_conversation(TALK, ours)[0]).startswith("26 Jul 2024\n")
 
 
 def test_what_a_message_says_is_text_and_never_a_special_token(folder: Path) -> None:
