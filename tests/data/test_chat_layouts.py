@@ -380,3 +380,10 @@ def test_a_history_nested_without_end_is_refused() -> None:
         row = {"history": [row], "prompt": "a", "response": "b"}
     with pytest.raises(DataError, match="x: its history is nested too deeply"):
         read_conversation(row, "x", ChatReport())
+
+
+def test_what_an_export_hides_is_counted_by_its_name() -> None:
+    turns = LAYOUTS["ChatGPT's export with sound, a picture of a tool, and no shown end"][0]
+    report = ChatReport()
+    read_conversation(turns, "x", report)
+    assert dict(report.passed_over) == {"audio_asset_pointer of a message": 1, "pictures of a tool": 1}

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -35,6 +34,7 @@ from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
 from atlas.tokenizer.chat_template import read_chat_template
 from tests.conftest import corpus
 from tests.export.test_export import MODERN, save_checkpoint, sharp_model
+from tests.foreign import byte_level_bpe
 
 TEXTS = ["The river runs.\n\tVerse 7", "naïve 漢字 🙂  two  blanks ", "don't x'sX 12345", ""]
 SHAPES = {
@@ -181,22 +181,7 @@ def test_a_foreign_tokenizer_is_kept_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a normalizer and another split, as of Llama or Qwen; the model has spare rows."""
-    own = tokenizers.Tokenizer(tokenizers.models.BPE())
-    own.normalizer = tokenizers.normalizers.NFC()
-    own.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Digits(individual_digits=True),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    own.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    own.train_from_iterator([corpus()], trainer)
+    own = byte_level_bpe([corpus()], 400, ["<s>", "</s>"], nfc=True)
     saved(tmp_path / "public", "qwen3")
     own.save(str(tmp_path / "public" / "tokenizer.json"))
     config = json.loads((tmp_path / "public" / "config.json").read_text())
@@ -226,21 +211,7 @@ def test_what_a_chat_model_brings_is_kept_on_the_way_through(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Import, one update with LoRA on conversations, and export in both formats."""
-    own = tokenizers.Tokenizer(tokenizers.models.BPE())
-    own.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Digits(individual_digits=True),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    own.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<pad>", "<unk>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    own.train_from_iterator([corpus()], trainer)
+    own = byte_level_bpe([corpus()], 400, ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<pad>", "<unk>"])
     named = {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<pad>", "unk_token": "<unk>"}
     template = (
         "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

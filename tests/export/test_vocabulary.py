@@ -10,7 +10,7 @@ from pathlib import Path
 import gguf
 import pytest
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import models, normalizers, pre_tokenizers, trainers
 
 from atlas.errors import ExportError
 from atlas.export import vocabulary
@@ -21,6 +21,7 @@ from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.foreign import ForeignTokenizer, SpecialTokens
 from tests.conftest import corpus
 from tests.export.test_export import MODERN, needs_llama_cpp, sharp_model
+from tests.foreign import DIGITS, byte_level_bpe
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
@@ -28,7 +29,7 @@ LLAMA_3, QWEN_2 = (_CONTRACTIONS + _WORDS % digits for digits in ("{1,3}", ""))
 SPLITS = {
     "llama-bpe": pre_tokenizers.Split(tokenizers.Regex(LLAMA_3), "isolated"),
     "qwen2": pre_tokenizers.Split(tokenizers.Regex(QWEN_2), "isolated"),
-    "smollm": pre_tokenizers.Digits(individual_digits=True),
+    "smollm": DIGITS,
     "gpt-2": None,
 }
 """The splits of Llama 3, Qwen 2.5 and SmolLM as their tokenizer.json has them."""
@@ -44,23 +45,9 @@ UNSEEN = [
 
 def trained(split: pre_tokenizers.PreTokenizer | None, *, nfc: bool = False) -> ForeignTokenizer:
     """A byte-level BPE with a split, trained on the texts in which the splits differ."""
-    own = tokenizers.Tokenizer(models.BPE())
-    if nfc:
-        own.normalizer = normalizers.NFC()
-    use_regex = split is None or isinstance(split, pre_tokenizers.Digits)
-    steps = [] if split is None else [split]
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex))
-    own.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    own.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1500,
-        special_tokens=["<s>", "</s>", "<|im_end|>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
     numbers = " ".join(f"{n} {n % 100} {n * n}" for n in range(1000, 1300)) + " 123 1234 12 ٣٤ ٣٤ ٣٤٥ ٣٤٥"
     texts = [*vocabulary.TEXTS, *vocabulary._MORE_TEXTS, *UNSEEN, numbers, numbers]
-    own.train_from_iterator(texts * 3, trainer)
+    own = byte_level_bpe(texts * 3, 1500, ["<s>", "</s>", "<|im_end|>", "<pad>"], split, nfc=nfc)
     special = SpecialTokens(bos=0, pad=3, stops=(1, 2), adds_bos=True)
     return ForeignTokenizer(own.to_str(), eos_id=1, vocab_size=1510, special=special, origin="a test")
 

@@ -7,8 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from atlas.data.sequences.conversations import read_conversations
@@ -18,6 +17,7 @@ from atlas.tokenizer.chat import CHAT_TEMPLATE, Message, encode_chat
 from atlas.tokenizer.chat_template import encode_conversation
 from atlas.tokenizer.load import with_chat_template
 from tests.conftest import corpus
+from tests.foreign import byte_level_bpe
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -56,18 +56,8 @@ TALK = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer of another model, as its folder has it."""
     path = tmp_path_factory.mktemp("model")
-    own = tokenizers.Tokenizer(models.BPE())
-    own.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    own.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=700,
-        special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    own.train_from_iterator([corpus(), "What is it? It is so. user assistant system"], trainer)
+    texts = [corpus(), "What is it? It is so. user assistant system"]
+    own = byte_level_bpe(texts, 700, ["<s>", "</s>", "<|im_start|>", "<|im_end|>"])
     fast = PreTrainedTokenizerFast(tokenizer_object=own, bos_token="<s>", eos_token="<|im_end|>")
     fast.save_pretrained(path)
     (path / "config.json").write_text(json.dumps({"eos_token_id": 1, "bos_token_id": 0, "vocab_size": 704}))

@@ -41,9 +41,10 @@ def _part(part: Any, place: str, found: Counter[str] | None) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type", part.get("content_type")) if isinstance(part, dict) else None
-    if part is None or (kind in _LEFT_OUT and found is not None):
-        if found is not None:
-            found[f"{kind} of a message"] += kind is not None
+    if part is None:
+        return ""
+    if kind in _LEFT_OUT and found is not None:
+        found[f"{kind} of a message"] += 1
         return ""
     if kind in ("tool_use", "server_tool_use"):
         return _as_call({"name": part.get("name"), "arguments": part.get("input")})
@@ -115,11 +116,14 @@ def _shown_message(message: dict[str, Any], found: Counter[str]) -> list[dict[st
     content, role = _object(message, "content"), _object(message, "author").get("role")
     hidden = _object(message, "metadata").get("is_visually_hidden_from_conversation")
     said = next((content[field] for field in ("parts", "text", "result") if content.get(field)), "")
-    if role == "tool" and isinstance(said, list):  # the pictures of a tool
-        said = [part for part in said if not (isinstance(part, dict) and "asset_pointer" in part)]
     if hidden or content.get("content_type") in _NOT_SAID:
-        found[f"{content.get('content_type')} of a message"] += 1
+        found["hidden messages" if hidden else f"{content.get('content_type')} of a message"] += 1
         return []
+    if role == "tool" and isinstance(said, list):
+        texts = [part for part in said if not (isinstance(part, dict) and "asset_pointer" in part)]
+        if len(texts) < len(said):
+            found["pictures of a tool"] += len(said) - len(texts)
+        said = texts
     return [] if role in ("system", "tool") and said in ([""], [], "") else [{"role": role, "content": said}]
 
 
