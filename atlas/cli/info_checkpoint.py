@@ -20,7 +20,7 @@ from atlas.training.checkpoint import convert
 from atlas.training.checkpoint.load import read_contents
 from atlas.training.checkpoint.locate import find_checkpoint, kind_of, list_checkpoints
 from atlas.training.checkpoint.manifest import Manifest, checkpoint_size, read_manifest, shards_of, sidecar_of
-from atlas.training.checkpoint.validate import holds_first_version, refuse_first_version
+from atlas.training.checkpoint.validate import holds_first_version, is_base, refuse_first_version
 from atlas.training.checkpoint.verify import intact_alternative, verify_checkpoint
 
 
@@ -143,6 +143,8 @@ def _seen(path: Path, manifest: Manifest | None) -> str:
     if manifest is None:
         if holds_first_version(path):
             return "of Atlas 1.x: convert it with atlas import"
+        if is_base(path):
+            return "the frozen weights of a LoRA run, which its checkpoints share"
         has_sidecar = sidecar_of(path).exists()
         return f"not the file that {sidecar_of(path).name} describes" if has_sidecar else "no sidecar"
     return "size as saved" + (", no optimizer state" if manifest.slim else "")

@@ -169,10 +169,17 @@ class LoraConfig(Section):
     """Rank of each low-rank update. 0: no LoRA; all weights are trained."""
     alpha: Float = Field(16.0, gt=0)
     """Each low-rank update is multiplied by alpha / rank."""
-    targets: tuple[Literal["qkv", "output", "up", "down"], ...] = Field(
+    targets: tuple[Literal["qkv", "output", "up", "down", "embedding", "head"], ...] = Field(
         ("qkv", "output", "up", "down"), min_length=1
     )
-    """The matrices of each block that get a low-rank update: qkv and output of attention, up and down of the MLP."""
+    """The matrices that get a low-rank update: in each block, qkv and output of attention, and up and down of the MLP;
+    embedding, the table of the tokens; head, the LM head. In a model with tied embeddings, embedding and head are one
+    matrix, with one update."""
+
+    @property
+    def updates_tables(self) -> bool:
+        """Whether the token embedding or the LM head gets a low-rank update."""
+        return self.rank > 0 and not {"embedding", "head"}.isdisjoint(self.targets)
 
 
 class CheckpointConfig(Section):

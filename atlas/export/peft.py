@@ -6,6 +6,7 @@ The format: https://huggingface.co/docs/peft/main/en/developer_guides/checkpoint
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from atlas.export.huggingface import tokenizer_config
 from atlas.outputs import write_folder
 from atlas.tokenizer import Tokenizer
 
+_TABLES = ("token_embedding", "lm_head")
 _FILES = ("adapter_config.json", "tokenizer_config.json", "tokenizer.json", "adapter_model.safetensors")
 
 
@@ -45,8 +47,7 @@ def export_adapter(
             "--format peft: all weights of this model were trained (lora.rank 0); use --format hf"
         )
     tensors = adapter_tensors(weights, config)
-    # The names include the parent module, since GPT-2 has two modules called c_proj.
-    modules = sorted({".".join(name.split(".")[-4:-2]) for name in tensors})
+    modules = sorted({_target(name) for name in tensors})
     stated: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -75,14 +76,32 @@ def export_adapter(
 
 def adapter_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """PEFT's name → tensor, for the matrices A and B of each low-rank update. If PEFT splits a matrix of Atlas, each
-    split gets a copy of A."""
+    split gets a copy of A. PEFT has two updates for tied embeddings, which get the same matrices."""
     names, tensors = names_of(config), {}
     for module in [name.removesuffix(".lora_b") for name in weights if name.endswith(".lora_b")]:
-        splits = {f"{module}.weight": weights[f"{module}.lora_b"]}
+        a, b = weights[f"{module}.lora_a"], weights[f"{module}.lora_b"]
+        if module in _TABLES:
+            a, b = a.float(), b[: config.vocabulary].float()
+            if module == "token_embedding":
+                theirs = f"base_model.model.{names['token_embedding.weight'].removesuffix('.weight')}"
+                tensors[f"{theirs}.lora_embedding_A"] = b.T.contiguous()
+                tensors[f"{theirs}.lora_embedding_B"] = a.T.contiguous()
+            if module == "lm_head" or config.tie_embeddings:
+                tensors["base_model.model.lm_head.lora_A.weight"] = a.clone()
+                tensors["base_model.model.lm_head.lora_B.weight"] = b.contiguous().clone()
+            continue
+        splits = {f"{module}.weight": b}
         if config.gguf_architecture != "gpt2":
             splits = separated(splits, config)
         for split, rows in splits.items():
             theirs = f"base_model.model.{names[split].removesuffix('.weight')}"
-            tensors[f"{theirs}.lora_A.weight"] = weights[f"{module}.lora_a"].float().clone()
+            tensors[f"{theirs}.lora_A.weight"] = a.float().clone()
             tensors[f"{theirs}.lora_B.weight"] = rows.float().contiguous()
     return tensors
+
+
+def _target(name: str) -> str:
+    """The name by which PEFT finds the module of a tensor. It includes the parent module, since GPT-2 has two modules
+    called c_proj."""
+    module = re.sub(r"\.lora_.*", "", name.removeprefix("base_model.model."))
+    return ".".join(module.split(".")[-2:])

@@ -157,14 +157,17 @@ class AtlasLM(nn.Module):
         # The head's gradient is already in the tied weight when autograd adds the embedding's gradient. A sparse
         # gradient is added only to the rows of the tokens. A dense gradient would need as much memory as the full
         # weight, and took 4 % of an update of `tiny` on a CPU.
-        if self.config.tie_embeddings and tokens.device.type == "cpu" and torch.is_grad_enabled():
+        is_on_cpu = self.config.tie_embeddings and tokens.device.type == "cpu"
+        if is_on_cpu and torch.is_grad_enabled() and self.token_embedding.weight.requires_grad:
             return F.embedding(tokens, self.token_embedding.weight, sparse=True)
         return self.token_embedding(tokens)  # type: ignore[no-any-return]
 
     @property
     def head_table(self) -> Tensor:
-        """(padded V, C): the head's parameter, including the rows that pad the vocabulary."""
-        return self.token_embedding.weight if self.config.tie_embeddings else self.lm_head.weight
+        """(padded V, C): the head's parameter, including the rows that pad the vocabulary. With LoRA, the sum of the
+        parameter and its low-rank update."""
+        module = self.token_embedding if self.config.tie_embeddings else self.lm_head
+        return getattr(module, "updated_weight", module.weight)
 
     @property
     def head_weight(self) -> Tensor:

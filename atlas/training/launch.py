@@ -21,9 +21,11 @@ from atlas.model import AtlasLM, add_lora, build_model
 from atlas.model.cost import count_parameters
 from atlas.tokenizer.chat import CHAT_FORMAT, CHAT_TEMPLATE
 from atlas.training.checkpoint.async_saver import BackgroundSaver
+from atlas.training.checkpoint.base import keep_base
 from atlas.training.checkpoint.load import left_in_shards, load_weights
 from atlas.training.checkpoint.lock import undone_after_error
 from atlas.training.checkpoint.manager import SPARE_BYTES, CheckpointManager
+from atlas.training.checkpoint.manifest import read_manifest
 from atlas.training.checkpoint.moves import move_aside
 from atlas.training.checkpoint.validate import check_optimizer_state
 from atlas.training.devices.compile import choose_compile, compile_blocks
@@ -34,7 +36,7 @@ from atlas.training.devices.world import ALONE, World
 from atlas.training.logs.run_log import RunLog
 from atlas.training.logs.trackers import open_trackers, refuse_missing_trackers
 from atlas.training.loss import load_loss
-from atlas.training.memory.estimate import checkpoint_bytes, memory_of_a_step
+from atlas.training.memory.estimate import checkpoint_bytes, four_checkpoints_bytes, memory_of_a_step
 from atlas.training.memory.parallel import choose_parallel
 from atlas.training.micro_batch import fit_micro_batch, is_short_of_memory
 from atlas.training.optimizers.build import build_optimizer
@@ -107,6 +109,8 @@ def _start_run(start: Start, world: World, sampler: Sampler | None, may_exceed_b
         log.rewind(state.step if resumes else -1)
         log_summary(start, run, differences)
         record_start(start, run)
+        if config.lora.rank and not saver.is_sharded:
+            _keep_base(run, start)
     if runtime.compiles:
         compile_blocks(model, keeps_little=keeps_little)
     start.contents.clear()  # the model has its own copy of the weights
@@ -147,6 +151,19 @@ def _open_folder(
             with replacing(path) as temporary:
                 temporary.write_text(as_yaml(config), encoding="utf-8")
     return config, log, checkpoints
+
+
+def _keep_base(run: Run, start: Start) -> None:
+    """Write the frozen weights of a LoRA run once, so that its checkpoints need not have them. Every rank must call
+    this function."""
+    proven = None
+    if start.source and start.source.parent.resolve() == start.folder.resolve():
+        manifest = read_manifest(start.source, check_hash=False)
+        proven = manifest.base if manifest else None
+    contents = run.contents()
+    with run.world.in_step():
+        if run.world.is_first:
+            run.checkpoints.base = keep_base(start.folder, contents, proven=proven)
 
 
 def _identity(start: Start) -> dict[str, Any]:
@@ -341,10 +358,10 @@ def _refuse_retention(config: AtlasConfig) -> None:
             "checkpoint.format=single"
         )
     one, most = checkpoint_bytes(config), config.checkpoint.max_total
-    least = 4 * one + SPARE_BYTES
+    least = four_checkpoints_bytes(config) + SPARE_BYTES
     if most is not None and most < least:
         raise AtlasError(
-            f"checkpoint.max_total: {most / 1e6:,.1f} MB: one checkpoint needs {one / 1e6:,.1f} MB, and four must fit "
-            "(the best, the newest, and a new one in place of each): set at least "
+            f"checkpoint.max_total: {most / 1e6:,.1f} MB: a complete checkpoint needs {one / 1e6:,.1f} MB, and four "
+            "must fit (the best, the newest, and a new one in place of each): set at least "
             f"{math.ceil(least / 1e6):,}MB, or remove max_total"
         )

@@ -9,11 +9,20 @@ from atlas.errors import AtlasError
 from atlas.files import explain_failed_write
 from atlas.training.checkpoint.locate import checkpoint_paths, is_checkpoint_file
 from atlas.training.checkpoint.lock import FolderLock
-from atlas.training.checkpoint.manifest import shards_of, sidecar_of, written_later
+from atlas.training.checkpoint.manifest import BASE_FILE, shards_of, sidecar_of, written_later
 from atlas.training.checkpoint.moves import JOURNAL
+from atlas.training.checkpoint.validate import is_base
 
 _OWN_FOLDERS = {"tensorboard", "wandb"}
-_OWN_FILES = {"training.log", "config.yaml", "atlas.lock", "metrics.jsonl", "metrics.lost.jsonl", JOURNAL}
+_OWN_FILES = {
+    BASE_FILE,
+    "training.log",
+    "config.yaml",
+    "atlas.lock",
+    "metrics.jsonl",
+    "metrics.lost.jsonl",
+    JOURNAL,
+}
 _OWN_NAMES = {*_OWN_FILES, *_OWN_FOLDERS}
 _OWN_PREFIXES = ("metrics.jsonl", "metrics.lost.jsonl", "training.rank-")
 _OF_CHECKPOINT = re.compile(r"atlas_.*\.(pt|json|tmp)|atlas_step_[0-9]+(-[0-9]+)?")
@@ -64,8 +73,9 @@ def _refuse_foreign_config(folder: Path) -> None:
 
 
 def _own_files(folder: Path) -> list[Path]:
+    """Return the run's files. A file `base.pt` that no run wrote is the user's."""
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in paths if is_run_file(path.name)]
+    return [path for path in paths if is_run_file(path.name) and (path.name != BASE_FILE or is_base(path))]
 
 
 def is_run_file(name: str) -> bool:

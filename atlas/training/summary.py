@@ -19,8 +19,9 @@ from atlas.data.sequences.mixture import MixtureDataset
 from atlas.data.sequences.packing import PackedDataset
 from atlas.model.cost import lora_parameters
 from atlas.model.documents import has_flex_attention
+from atlas.training.checkpoint.manifest import BASE_FILE
 from atlas.training.devices.device import cpu_only_build_with_nvidia_driver, describe_machine
-from atlas.training.memory.estimate import checkpoint_bytes, output_folder_bytes
+from atlas.training.memory.estimate import base_bytes, checkpoint_bytes, output_folder_bytes
 from atlas.training.resume import Start, num_restarts
 from atlas.training.run import Run
 from atlas.training.state import TrainState
@@ -75,10 +76,11 @@ def log_summary(start: Start, run: Run, differences: list[str]) -> None:
         )
     if run.data.val is None:
         say("no validation data: the best checkpoint is selected by training loss")
-    one, total = checkpoint_bytes(config), output_folder_bytes(config)
+    one, total, base = checkpoint_bytes(config), output_folder_bytes(config), base_bytes(config)
+    shared = f" beside {base / 1e9:.2f} GB of frozen weights in {BASE_FILE}" if base else ""
     free = shutil.disk_usage(start.folder).free
     say(
-        f"checkpoints: {one / 1e9:.2f} GB each, up to {total / 1e9:.1f} GB in {start.folder} "
+        f"checkpoints: {(one - base) / 1e9:.2f} GB each{shared}, up to {total / 1e9:.1f} GB in {start.folder} "
         f"({free / 1e9:.1f} GB free); log: {run.log.log_path}"
     )
     if free < total:

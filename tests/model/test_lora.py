@@ -42,7 +42,9 @@ def with_updates(model: AtlasLM, lora: LoraConfig) -> AtlasLM:
 
 
 @pytest.mark.parametrize(
-    "targets", [("qkv", "output", "up", "down"), ("output",), ("qkv", "up")], ids=",".join
+    "targets",
+    [("qkv", "output", "up", "down"), ("output",), ("qkv", "up"), ("qkv", "embedding", "head"), ("head",)],
+    ids=",".join,
 )
 @pytest.mark.parametrize("name", SHAPES)
 def test_peft_and_merged_weights_compute_what_the_model_computes(

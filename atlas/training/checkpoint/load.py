@@ -12,6 +12,7 @@ from torch import nn
 from atlas.config import LoraConfig
 from atlas.errors import CheckpointError
 from atlas.model import has_lora, merged
+from atlas.training.checkpoint.base import base_of, is_intact, with_base
 from atlas.training.checkpoint.locate import find_checkpoint, list_checkpoints
 from atlas.training.checkpoint.manifest import (
     Manifest,
@@ -103,11 +104,11 @@ def saved_optimizer(
 
 
 def read_contents(path: Path, *, remedy: str, without: Collection[str] = ()) -> dict[str, Any]:
-    """The contents of a checkpoint in one file or in shards. This function compares no sha256. Raises
-    `CheckpointError`."""
+    """The contents of a checkpoint in one file or in shards, with the weights of a LoRA run's base. This function
+    compares only the sha256 of that base. Raises `CheckpointError`."""
     shards = shards_of(path)
     if shards is None:
-        return read_plain(path, remedy=remedy, without=without)
+        return with_base(read_plain(path, remedy=remedy, without=without), path, remedy=remedy)
     from atlas.training.checkpoint.shard_format import read_shards  # slow to import
 
     return read_shards(shards, remedy=remedy, without=without)
@@ -137,6 +138,8 @@ def load_weights(model: nn.Module, contents: Mapping[str, Any], path: Path | Non
 
 def _alternatives(path: Path) -> str:
     for manifest, other in list_checkpoints(path.parent):
-        if other.name != path.name and not manifest.slim and read_manifest(other, check_hash=True):
+        if other.name == path.name or manifest.slim or not read_manifest(other, check_hash=True):
+            continue
+        if manifest.base is None or is_intact(base_of(other, manifest.base), manifest.base):
             return f", such as {other.name}"
     return ""

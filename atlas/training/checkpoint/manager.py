@@ -5,13 +5,14 @@ If the process is killed at any moment, the last checkpoint stays intact. Atlas 
 A checkpoint is a `.pt` file and its sidecar, see `manifest.py`. The file is a zip of tensors and plain values. Loading
 the file runs no code. The keys in the file are: `format_version`, `model_state_dict`, `optimizer_state_dict`,
 `scaler_state_dict`, `step`, `epoch`, `loss`, `val_loss`, `sequences_consumed`, `horizon`, `micro_batch_size`,
-`best_loss`, `evaluations_since_best`, `config`, `tokenizer`, `data`, `machine`.
+`best_loss`, `evaluations_since_best`, `config`, `tokenizer`, `data`, `machine`. With LoRA, all checkpoints except
+`atlas_best.pt` share the frozen weights, see `base.py`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from atlas.training.checkpoint.atomic_write import (
     tensor_bytes,
     write_tensors,
 )
+from atlas.training.checkpoint.base import without_base
 from atlas.training.checkpoint.load import left_in_shards, load_checkpoint
 from atlas.training.checkpoint.locate import checkpoint_name, is_temporary, kind_of, list_checkpoints
 from atlas.training.checkpoint.lock import FolderLock
@@ -84,6 +86,8 @@ class CheckpointManager:
         self.is_untouched = is_untouched
         self.confirm = confirm
         self.say = say
+        self.base: FileEntry | None = None
+        """The file with the frozen weights of a LoRA run, or None if every checkpoint is complete."""
         self._reported_no_space = False
 
     # Reading
@@ -150,28 +154,13 @@ class CheckpointManager:
         """
         written: list[Path] = []
         self.check_lock()
+        versions = self._versions(contents, kinds)
         try:
-            if not self._make_space(tensor_bytes(contents) * len(kinds), contents["step"]):
+            needed = sum(tensor_bytes(version) * len(names) for version, names in versions)
+            if not self._make_space(needed, contents["step"]):
                 return written
-            temporary = self.folder / "atlas_writing.tmp"
-            size, sha256 = write_tensors(temporary, contents, pace=pace)
-            self.confirm()
-            for kind in kinds:
-                path = self.folder / checkpoint_name(kind, contents)
-                staged = path.with_name(path.name + ".tmp")
-                entry = FileEntry(name=path.name, size=size, sha256=sha256)
-                self.check_lock()
-                try:
-                    if kind == kinds[-1]:
-                        os.replace(temporary, staged)
-                    else:
-                        copy_file(temporary, staged, pace=pace)
-                    commit(staged, path, _describe(contents, kind, (entry,)))
-                    written.append(path)
-                except OSError as error:  # a save under another name may still succeed
-                    self.say(
-                        f"{path.name}: not saved: {error.strerror or error}; an existing file of this name is unchanged"
-                    )
+            for version, names in versions:
+                written.extend(self._write(version, names, pace))
             self._remove_surplus(kinds)
             for path in surplus(self.found(), "step", RESUMABLE) if self.slim_old else ():
                 drop_optimizer_state(path)
@@ -184,6 +173,42 @@ class CheckpointManager:
                 with suppress(OSError):
                     self.clean()
         return written
+
+    def _versions(
+        self, contents: Mapping[str, Any], kinds: list[str]
+    ) -> list[tuple[Mapping[str, Any], list[str]]]:
+        """Return the contents to write for some of the `kinds`, and these kinds. Only `best` is complete if there is a
+        base."""
+        if self.base is None:
+            return [(contents, kinds)]
+        shared = [kind for kind in kinds if kind != "best"]
+        versions: list[tuple[Mapping[str, Any], list[str]]] = []
+        if shared:
+            versions.append((without_base(contents, self.base), shared))
+        return [*versions, (contents, ["best"])] if "best" in kinds else versions
+
+    def _write(self, contents: Mapping[str, Any], kinds: list[str], pace: Pace) -> Iterator[Path]:
+        """Write one file, and commit it under the name of each kind. Yield the paths. Raises `OSError`, or
+        `Abandoned` if `pace` raises it."""
+        temporary = self.folder / "atlas_writing.tmp"
+        size, sha256 = write_tensors(temporary, contents, pace=pace)
+        self.confirm()
+        for kind in kinds:
+            path = self.folder / checkpoint_name(kind, contents)
+            staged = path.with_name(path.name + ".tmp")
+            entry = FileEntry(name=path.name, size=size, sha256=sha256)
+            self.check_lock()
+            try:
+                if kind == kinds[-1]:
+                    os.replace(temporary, staged)
+                else:
+                    copy_file(temporary, staged, pace=pace)
+                commit(staged, path, _describe(contents, kind, (entry,)))
+                yield path
+            except OSError as error:  # a save under another name may still succeed
+                self.say(
+                    f"{path.name}: not saved: {error.strerror or error}; an existing file of this name is unchanged"
+                )
 
     def check_lock(self) -> None:
         """Raise `CheckpointError` if another run has taken the folder."""
@@ -253,7 +278,9 @@ class CheckpointManager:
         there is space for tensors of `needed` bytes."""
         self.folder.mkdir(parents=True, exist_ok=True)
         found, needed = self.found(), needed + SPARE_BYTES
-        space = find_space(self.folder, found, needed, max_total=self.max_total)
+        shared = self.base.size if self.base else 0
+        most = None if self.max_total is None else self.max_total - shared
+        space = find_space(self.folder, found, needed, max_total=most)
         if space.free < needed:
             if not self._reported_no_space:
                 newest = f"; the newest checkpoint is {found[0][1].name}" if found else ""

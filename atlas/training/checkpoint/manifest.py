@@ -33,6 +33,11 @@ from pydantic import (
 from atlas.files import encodable, read_limited, replacing, sha256_of
 
 FORMAT_VERSION = 1
+"""The format of a complete checkpoint."""
+SHARED_BASE_VERSION = 2
+"""The format of a checkpoint of a LoRA run, which shares the weights of its base with the run's other checkpoints."""
+BASE_FILE = "base.pt"
+"""The file in the folder of a LoRA run that has the weights of its base, see `base.py`."""
 STATE_FILE = "state.json"
 """The file in a sharded checkpoint that contains everything except the tensors."""
 SHARDS = r"^atlas_step_[0-9]+(-[0-9]+)?$"
@@ -72,7 +77,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
     format: Literal["atlas-checkpoint"] = "atlas-checkpoint"
-    format_version: int = Field(FORMAT_VERSION, ge=1, le=FORMAT_VERSION)
+    format_version: int = Field(FORMAT_VERSION, ge=1, le=SHARED_BASE_VERSION)
     kind: Literal["step", "epoch", "best", "interrupt"]
     step: Count
     epoch: Count
@@ -90,6 +95,8 @@ class Manifest(BaseModel):
     """The name of the folder with the files of a sharded checkpoint; None for a checkpoint in one file. Several
     checkpoints may share one folder."""
     files: tuple[FileEntry, ...] = Field(min_length=1, max_length=100_000)
+    base: FileEntry | None = None
+    """The file with the frozen weights of a LoRA run, or None if the checkpoint is complete."""
     replaces: Manifest | None = None
 
     @model_validator(mode="after")
@@ -146,7 +153,7 @@ def written_later(sidecar: Path) -> str | None:
         version = facts["format_version"] if facts["format"] == "atlas-checkpoint" else None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-    if not isinstance(version, int) or version <= FORMAT_VERSION:
+    if not isinstance(version, int) or version <= SHARED_BASE_VERSION:
         return None
     return f"has format version {version!r:.20}, which a later version of Atlas wrote: update Atlas"
 

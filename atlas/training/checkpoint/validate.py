@@ -24,7 +24,7 @@ from atlas.errors import AtlasError, CheckpointError
 from atlas.files import open_zip
 from atlas.model.cost import count_parameters
 from atlas.training.checkpoint.first_version import is_first_version, refusal
-from atlas.training.checkpoint.manifest import FORMAT_VERSION, LARGEST_COUNT, Count
+from atlas.training.checkpoint.manifest import LARGEST_COUNT, SHARED_BASE_VERSION, Count, FileEntry
 from atlas.training.checkpoint.safe_unpickle import NotPlainError, Storage, TensorClaim, read_pickle
 from atlas.training.optimizers.build import state_shapes
 
@@ -60,6 +60,7 @@ class _Contents(BaseModel):
     val_loss: float | None = None
     best_loss: float | None = None
     initialized_from: str | None = None
+    base: FileEntry | None = None
 
 
 def read_plain(path: Path, *, remedy: str, without: Collection[str] = ()) -> dict[str, Any]:
@@ -77,6 +78,15 @@ def holds_first_version(path: Path) -> bool:
         return is_first_version(read_values(path, remedy="", names_only=True))
     except AtlasError:
         return False
+
+
+def is_base(path: Path) -> bool:
+    """Return whether the file has the frozen weights of a LoRA run, see `base.py`. No tensor is read."""
+    try:
+        contents = read_values(path, remedy="", names_only=True)
+    except AtlasError:
+        return False
+    return isinstance(contents, dict) and contents.get("is_base") is True
 
 
 def refuse_first_version(path: Path) -> None:
@@ -211,15 +221,15 @@ def check_contents(contents: Any, path: Path, remedy: str) -> dict[str, Any]:
             "checkpoint that atlas train wrote"
         )
     version = contents["format_version"]
-    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= SHARED_BASE_VERSION:
         raise CheckpointError(
             f"{path}: has checkpoint format {version!r:.20}; this version of Atlas reads up to "
-            f"{FORMAT_VERSION}: update Atlas"
+            f"{SHARED_BASE_VERSION}: update Atlas"
         )
     try:
         _Contents.model_validate(contents)
-        config = contents["config"].get("model")
-        model = None if config is None else ModelConfig.model_validate(config)
+        if "model" in contents["config"]:
+            ModelConfig.model_validate(contents["config"]["model"])
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part)[:40] for part in first["loc"]) or "config.model"
@@ -227,14 +237,17 @@ def check_contents(contents: Any, path: Path, remedy: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: is not a complete Atlas checkpoint ({place} {problem}): {remedy}"
         ) from None
-    if model is not None:
-        _refuse_missing_weights(model, contents["model_state_dict"], path, remedy)
+    if contents.get("base") is None:  # else the base has the other weights, see `base.py`
+        refuse_missing_weights(contents, path, remedy)
     return contents
 
 
-def _refuse_missing_weights(model: ModelConfig, weights: dict[str, Any], path: Path, remedy: str) -> None:
-    """Raise `CheckpointError` if the config describes more parameters than the file contains. Otherwise Atlas would
-    allocate memory for all of them."""
+def refuse_missing_weights(contents: Mapping[str, Any], path: Path, remedy: str) -> None:
+    """Raise `CheckpointError` if the config describes more parameters than there are. Otherwise Atlas would allocate
+    memory for all of them."""
+    if "model" not in contents["config"]:
+        return
+    model, weights = ModelConfig.model_validate(contents["config"]["model"]), contents["model_state_dict"]
     tensors = [tensor for tensor in weights.values() if isinstance(tensor, Tensor)]
     storages = [(tensor.untyped_storage(), tensor.itemsize) for tensor in tensors]
     sizes = {storage.data_ptr(): storage.nbytes() // itemsize for storage, itemsize in storages}

@@ -98,6 +98,8 @@ def estimate_training_memory(config: AtlasConfig, *, device: str, keeps_all: boo
     else:
         kept = L * block
     kept += sum(tensor.bytes(micro_batch, T) for tensor in saved.rest) + is_dense * _DENSE_MASK * tokens * T
+    if config.lora.updates_tables:
+        kept += _table_gradient(config)  # the table with its update
 
     allocator = 0
     if (
@@ -127,7 +129,8 @@ def estimate_training_memory(config: AtlasConfig, *, device: str, keeps_all: boo
 
 def _table_gradient(config: AtlasConfig) -> int:
     """Return the size of the LM head's fp32 gradient in bytes. With LoRA, which freezes the LM head, 0."""
-    return 0 if config.lora.rank else config.model.padded_vocab_size * config.model.hidden_size * _FP32
+    is_frozen = config.lora.rank and not config.lora.updates_tables
+    return 0 if is_frozen else config.model.padded_vocab_size * config.model.hidden_size * _FP32
 
 
 def _recomputed(config: AtlasConfig, tokens: int, *, half: bool) -> int:
@@ -183,9 +186,22 @@ def memory_of_a_step(config: AtlasConfig, *, device: str) -> int:
 
 
 def checkpoint_bytes(config: AtlasConfig) -> int:
-    """Return the size of one checkpoint in bytes: weights and optimizer state."""
+    """Return the size of a complete checkpoint in bytes: weights and optimizer state."""
     weights = weight_bytes(config.training) * stored_parameters(config.model, config.lora)
     return weights + state_bytes(config.model, config.lora, config.training)
+
+
+def base_bytes(config: AtlasConfig) -> int:
+    """Return the size of the file with the frozen weights of a LoRA run, which only `atlas_best.pt` has too; 0 without
+    LoRA. Sharded checkpoints have no such file."""
+    if not config.lora.rank or config.checkpoint.format == "sharded":
+        return 0
+    return weight_bytes(config.training) * stored_parameters(config.model)
+
+
+def four_checkpoints_bytes(config: AtlasConfig) -> int:
+    """Return the bytes of the best checkpoint, the newest one, and a new one in place of each."""
+    return 4 * checkpoint_bytes(config) - base_bytes(config)
 
 
 def snapshot_bytes(config: AtlasConfig) -> int:
@@ -196,6 +212,8 @@ def snapshot_bytes(config: AtlasConfig) -> int:
 
 def output_folder_bytes(config: AtlasConfig) -> int:
     """Return the largest number of bytes that the checkpoints of a run need on the disk. These are the kept checkpoints
-    of steps, epochs and interrupts, the best checkpoint, and a checkpoint that is being written."""
-    most = checkpoint_bytes(config) * (3 * config.checkpoint.keep_checkpoints + 2)
+    of steps, epochs and interrupts, the best checkpoint, a checkpoint that is being written, and the base of a LoRA
+    run."""
+    one, base, kept = checkpoint_bytes(config), base_bytes(config), 3 * config.checkpoint.keep_checkpoints
+    most = base + 2 * one + kept * (one - base)
     return most if config.checkpoint.max_total is None else min(most, config.checkpoint.max_total)

@@ -20,15 +20,17 @@ from atlas.training.resume import Request, choose_start
 from atlas.training.train import train
 from tests.fixtures.make import write_dataset
 
-FIXTURES = sorted(Path(__file__).parents[2].glob("fixtures/checkpoint_v*/*.pt"))
+FIXTURES = sorted(Path(__file__).parents[2].glob("fixtures/checkpoint_v*/atlas_*.pt"))
 # Their loss on a sentence on the day they were made.
-LOSS = {"checkpoint_v1": 3.777659}
+LOSS = {"checkpoint_v1": 3.777659, "checkpoint_v2": 3.345558}
 
 
 def test_there_is_one_for_every_version() -> None:
-    from atlas.training.checkpoint.manifest import FORMAT_VERSION
+    from atlas.training.checkpoint.manifest import SHARED_BASE_VERSION
 
-    assert [path.parent.name for path in FIXTURES] == [f"checkpoint_v{n + 1}" for n in range(FORMAT_VERSION)]
+    assert [path.parent.name for path in FIXTURES] == [
+        f"checkpoint_v{n + 1}" for n in range(SHARED_BASE_VERSION)
+    ]
 
 
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.parent.name)
@@ -58,5 +60,9 @@ def test_it_exports(path: Path, tmp_path: Path) -> None:
     loaded = load_model(path)
     export_gguf(loaded.model, loaded.tokenizer, tmp_path / "model.gguf", quantize="f32")
     tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
-    weight = load_checkpoint(path)["model_state_dict"]["blocks.1.mlp.down.weight"]
-    assert np.array_equal(tensors["blk.1.ffn_down.weight"], weight.numpy())
+    contents, down = load_checkpoint(path), "blocks.1.mlp.down"
+    weight = contents["model_state_dict"][f"{down}.weight"].numpy()
+    if rank := contents["config"].get("lora", {}).get("rank"):
+        a, b = (contents["model_state_dict"][f"{down}.lora_{name}"].numpy() for name in "ab")
+        weight = weight + np.float32(16 / rank) * (b @ a)
+    assert np.allclose(tensors["blk.1.ffn_down.weight"], weight, atol=0 if not rank else 1e-7)
