@@ -71,7 +71,7 @@ INSIDE = {
     "step summary < micro_batch < diagnostics launch train",
     "training.checkpoint": "first_version lock manifest safe_unpickle < atomic_write locate validate < "
     "base retention shard_format < load moves < convert manager verify < async_saver < shard_saver",
-    "inference": "decoder layout sampling < generate < text < load < harness look < tasks",
+    "inference": "decoder layout sampling < generate < recall text < load < harness look < tasks",
     "export": "architectures gguf_header llama_cpp quantize save_imported < hf_format vocabulary < gguf "
     "import_first_version score < huggingface import_hf verify < peft",
     "reporting": "curves dataset_statistics targets < dataset_figure runs < figure report",

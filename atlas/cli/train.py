@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from atlas.training.run import Run
 
 _SHOWN_OPERATIONS = 12
+_ASKED = 20  # conversations
 _FLAGS: dict[str, str] = {}
 """Parameter of `train` → the key of the setting that the parameter sets."""
 
@@ -163,6 +164,28 @@ def _print_profile(explicit: Layer) -> None:
     typer.echo(f"{profile.trace}: open it in https://ui.perfetto.dev or chrome://tracing")
 
 
+def _report_answers(run: Run) -> None:
+    """After training on conversations, log how well the model has learnt their answers."""
+    import torch
+
+    from atlas.data.sequences.conversations import ChatDataset
+    from atlas.inference.recall import describe_recall, recall_answers
+
+    state, data = run.state, run.data.train
+    is_whole = run.world.is_first and run.runtime.parallel != "fsdp"
+    if not isinstance(data, ChatDataset) or not is_whole or state.first_loss is None or state.loss is None:
+        return
+    run.log.say(
+        f"loss of the answers: {state.first_loss:.4f} in the first update, {state.loss:.4f} in the last one"
+    )
+    run.model.eval()
+    with torch.compiler.set_stance("force_eager" if run.runtime.compiles else "default"):
+        answers = recall_answers(run.model, run.data.tokenizer, data.stream.some_answers(_ASKED))
+    if answers:
+        for line in describe_recall(answers):
+            run.log.say(line)
+
+
 def train_to_the_end(
     request: Request, world: World | None = None, *, may_exceed_batch_size: bool = False
 ) -> Run:
@@ -195,6 +218,8 @@ def train_to_the_end(
     names = ", ".join(path.name for path in result.saved)
     saved = f"; saved {names} in {run.checkpoints.folder}" if names else ""
     run.log.say(f"{result.outcome} at step {result.step}{figures}{saved}")
+    if result.outcome != "interrupted":
+        _report_answers(run)
     if result.outcome == "interrupted":
         if world.is_first:
             torchrun = f"torchrun --nproc-per-node={world.local_size} -m atlas"

@@ -23,7 +23,7 @@ from atlas.model.cost import count_parameters
 from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.chat import Message
 from atlas.tokenizer.load import chat_template_of, with_chat_template
-from atlas.training.checkpoint.load import load_checkpoint, load_weights
+from atlas.training.checkpoint.load import context_of, load_checkpoint, load_weights
 from atlas.training.checkpoint.locate import find_checkpoint
 from atlas.training.devices.device import choose_device, choose_weights_dtype
 
@@ -193,8 +193,7 @@ def load_model(
 def _context_of(config: AtlasConfig, contents: dict[str, Any], asked: int | None) -> int:
     """Return the context for inference: that of the model or, for a fine-tuned model with RoPE, of its base, unless the
     user asked for a shorter one."""
-    base = contents["data"].get("context")
-    longest = max(config.model.max_seq_len, base if type(base) is int else 0)
+    longest = context_of(contents)
     if asked is not None and not 1 <= asked <= longest:
         raise AtlasError(f"--context {asked}: the model's context has 1 to {longest:,} tokens")
     return asked or longest

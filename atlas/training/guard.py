@@ -85,6 +85,7 @@ def count(
     that a lasting shift stops counting as a spike."""
     if fault is None:
         state.loss, state.bad_in_a_row = loss, 0
+        state.first_loss = loss if state.first_loss is None else state.first_loss
         state.loss_since_save.add(loss)
         state.loss_since_evaluation.add(loss)
     else:

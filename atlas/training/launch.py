@@ -22,7 +22,7 @@ from atlas.model.cost import count_parameters
 from atlas.tokenizer.chat import CHAT_FORMAT, CHAT_TEMPLATE
 from atlas.training.checkpoint.async_saver import BackgroundSaver
 from atlas.training.checkpoint.base import keep_base
-from atlas.training.checkpoint.load import left_in_shards, load_weights
+from atlas.training.checkpoint.load import context_of, left_in_shards, load_weights
 from atlas.training.checkpoint.lock import undone_after_error
 from atlas.training.checkpoint.manager import SPARE_BYTES, CheckpointManager
 from atlas.training.checkpoint.manifest import read_manifest
@@ -189,11 +189,10 @@ def _identity(start: Start) -> dict[str, Any]:
 
 def _longest_context(start: Start) -> int | None:
     """Return the context of the model that a run with RoPE fine-tunes, if it is longer than the run's."""
-    old = start.contents.get("data", {}).get("context")
-    if start.mode == "finetune" and start.config.model.position == "rope":
-        base = start.contents["config"]["model"]["max_seq_len"]
-        old = max(base, old if type(old) is int else 0)
-    return old if type(old) is int and old > start.config.model.max_seq_len else None
+    if not start.contents or start.config.model.position != "rope":
+        return None
+    context = context_of(start.contents)
+    return context if context > start.config.model.max_seq_len else None
 
 
 def _build(start: Start, config: AtlasConfig) -> AtlasLM:

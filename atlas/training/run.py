@@ -12,6 +12,7 @@ from torch import Tensor
 
 from atlas.config import AtlasConfig, TrackingConfig
 from atlas.data.sequences.build import SequenceSource
+from atlas.data.sequences.conversations import ChatDataset
 from atlas.data.sequences.loader import batches
 from atlas.data.sequences.mixture import order_of
 from atlas.data.sequences.verify import DatasetVerifier
@@ -33,6 +34,8 @@ from atlas.training.loss import LossFunction, SummedLoss
 from atlas.training.optimizers.build import build_optimizer
 from atlas.training.schedule import RunClock
 from atlas.training.state import TrainState
+
+_SECONDS_BETWEEN_EPOCHS = 60.0
 
 
 class Learner:
@@ -104,6 +107,8 @@ class Run:
     """The sensor of the run's NVIDIA GPU, or None if there is no sensor."""
     is_amid_update: bool = False
     """Whether an update is being applied: the weights may have changed, but `state` does not count the update yet."""
+    saved_at: float = 0.0
+    """The seconds of training before the last save, or before this start of the run."""
     stops_early: bool = False
     """Whether the run ends after this step because the validation loss no longer falls."""
     stop: StopRequest = field(init=False)
@@ -113,6 +118,7 @@ class Run:
     def __post_init__(self) -> None:
         self.stop = StopRequest(self.log.say, is_alone=self.world.size == 1)
         self.clock = RunClock(self.config.training.max_hours, before=self.state.seconds)
+        self.saved_at = self.state.seconds
         self.throughput = Throughput(self.config, self.runtime)
 
     @property
@@ -160,6 +166,15 @@ class Run:
         """Whether the last update reached the end of a pass over the training data."""
         before = self.state.sequences_consumed - self.config.training.sequences_per_update
         return self.epoch > before // len(self.data.train)
+
+    @property
+    def saves_epoch(self) -> bool:
+        """Whether to save at the end of an epoch. An epoch of a few conversations takes a second, so such a run saves
+        no epoch within `_SECONDS_BETWEEN_EPOCHS` of its last save. Every rank must read this property."""
+        if not isinstance(self.data.train, ChatDataset):
+            return True
+        is_due: bool = self.world.broadcast(self.clock.elapsed - self.saved_at >= _SECONDS_BETWEEN_EPOCHS)
+        return is_due
 
     @property
     def owes_evaluation(self) -> bool:
@@ -222,7 +237,7 @@ class Run:
     def save(self, kinds: list[str], *, wait: bool) -> None:
         """Save one checkpoint under the names of all `kinds`. With `wait`, or without background saves, return when the
         checkpoint is on the disk. Otherwise return as soon as a copy is in memory."""
-        self.state.seconds = self.clock.elapsed
+        self.state.seconds = self.saved_at = self.clock.elapsed
         with self.throughput.paused():
             if self.world.size > self.world.local_size:  # each machine verifies its own copy of the dataset
                 with self.world.in_step():

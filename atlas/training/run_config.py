@@ -12,15 +12,24 @@ from typing import Any
 from atlas.config import AtlasConfig
 from atlas.config.loader import Layer, resolve
 from atlas.data import ResolvedData, resolve_data, resolve_mixture
+from atlas.data.sequences.conversations import Conversations
 from atlas.errors import AtlasError
 from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.load import chat_template_of, with_chat_template
-from atlas.training.schedule import length_of
+from atlas.training.checkpoint.load import context_of
+from atlas.training.schedule import NO_LIMIT, horizon_steps, length_of
 
-CHAT_RATE, CHAT_RATE_WIDTH = 2e-3, 128
-"""The peak learning rate for fine-tuning on conversations, and the `hidden_size` for which this rate was chosen. A
-wider model has a proportionally lower rate."""
-CHAT_WARMUP_STEPS = 10
+LENGTHS = {"max_steps", "epochs", "max_hours"}
+"""The settings that limit the length of a run."""
+_CHAT_UPDATES, _CHAT_EPOCHS, _UPDATES_PER_EPOCH = 300, 3, 8
+"""Without a length of the user's, fine-tuning on conversations makes at least so many updates, and at least so many
+passes. A few conversations have so small an update that a pass has several of them."""
+_CHAT_RATE_STEPS, _CHAT_RATES, _CHAT_RATE_WIDTH = 0.6, (1e-3, 8e-3), 128
+"""The peak learning rate times the number of updates; the lowest and the highest rate; and the `hidden_size` for which
+they were measured. A wider model has a proportionally lower rate."""
+_LORA_FACTOR = 4.0
+"""The rate of low-rank updates, as a multiple of the rate for all weights."""
+_CHAT_WARMUP_STEPS, _CHAT_CONTEXT = 10, 256
 
 
 def with_data(
@@ -62,27 +71,69 @@ def with_data(
         )
     resumes = contents and data.fingerprint == contents["data"].get("fingerprint")
     if data.has_conversations and (is_new_run or not resumes):
-        config = _for_conversations(config, explicit, is_finetuning=bool(contents))
+        config = _for_conversations(config, explicit, data, contents)
     return with_vocabulary(config, data.tokenizer.vocab_size, data.name), data
 
 
-def _for_conversations(config: AtlasConfig, explicit: Layer, *, is_finetuning: bool) -> AtlasConfig:
+def _for_conversations(
+    config: AtlasConfig, explicit: Layer, data: ResolvedData, contents: Mapping[str, Any] | None
+) -> AtlasConfig:
     """Return the config with the settings that conversations need, except for settings that the user set.
 
-    A document mask restricts attention to one conversation, as in a chat. In fine-tuning, the learning rate and the
-    warm-up suit a few dozen conversations (docs/TRAINING.md#conversations). The values in the checkpoint are for a
-    longer run.
+    A document mask restricts attention to one conversation, as in a chat. In fine-tuning the checkpoint with these
+    `contents`, the context, the length, the batch size, the learning rate and the warm-up suit the conversations
+    (docs/TRAINING.md#conversations). The values in the checkpoint are those of another run.
     """
-    settings: dict[str, dict[str, Any]] = {"data": {"document_mask": True}}
-    if is_finetuning:
-        settings["training"] = {
-            "learning_rate": CHAT_RATE * min(1.0, CHAT_RATE_WIDTH / config.model.hidden_size),
-            "warmup_steps": min(config.training.warmup_steps, CHAT_WARMUP_STEPS),
-        }
-    for section, values in settings.items():
-        unwritten = {key: value for key, value in values.items() if key not in explicit.get(section, {})}
-        config = config.replace(section, **unwritten)
+    config = _unless_set(config, explicit, "data", document_mask=True)
+    if not contents:
+        return config
+    config, windows = with_written_length(config, explicit), None
+    if isinstance(data.train, Conversations) and len(data.trains) == 1:
+        if config.model.position == "rope":
+            longest = max(
+                stream.longest for stream in (data.train, *data.vals) if isinstance(stream, Conversations)
+            )
+            context = min(context_of(contents), max(_CHAT_CONTEXT, 2 ** math.ceil(math.log2(longest))))
+            config = _unless_set(config, explicit, "model", max_seq_len=context)
+        windows = data.train.num_windows(config.model.max_seq_len)
+        config = _with_chat_length(config, explicit, windows)
+    updates = horizon_steps(config.training, windows or NO_LIMIT)
+    return _unless_set(
+        config,
+        explicit,
+        "training",
+        learning_rate=chat_learning_rate(config, updates),
+        warmup_steps=min(config.training.warmup_steps, _CHAT_WARMUP_STEPS),
+    )
+
+
+def _with_chat_length(config: AtlasConfig, explicit: Layer, windows: int) -> AtlasConfig:
+    """Return the config with a batch size and a length for so many `windows` of conversations. Each remains as it is if
+    the user set it."""
+    asked = explicit.get("training", {})
+    per_update = min(config.training.sequences_per_update, max(1, windows // _UPDATES_PER_EPOCH))
+    if not {"batch_size", "gradient_accumulation_steps"} & asked.keys():
+        config = config.replace("training", batch_size=per_update, gradient_accumulation_steps=1)
+    if not LENGTHS & asked.keys():
+        updates = _CHAT_UPDATES * config.training.sequences_per_update
+        epochs = max(_CHAT_EPOCHS, math.ceil(updates / windows))
+        config = config.replace("training", max_steps=None, max_hours=None, epochs=epochs)
     return config
+
+
+def chat_learning_rate(config: AtlasConfig, updates: int) -> float:
+    """Return the peak learning rate for fine-tuning on conversations in `updates` updates. The fewer the updates, the
+    higher the rate."""
+    lowest, highest = _CHAT_RATES
+    rate = min(highest, max(lowest, _CHAT_RATE_STEPS / updates))
+    rate *= min(1.0, _CHAT_RATE_WIDTH / config.model.hidden_size)
+    return float(f"{rate * (_LORA_FACTOR if config.lora.rank else 1.0):.2g}")
+
+
+def _unless_set(config: AtlasConfig, explicit: Layer, section: str, **values: Any) -> AtlasConfig:
+    """Return the config with these values, except for those that the user set."""
+    unset = {key: value for key, value in values.items() if key not in explicit.get(section, {})}
+    return config.replace(section, **unset)
 
 
 def with_vocabulary(config: AtlasConfig, vocab_size: int, data: str) -> AtlasConfig:
@@ -100,9 +151,8 @@ def with_vocabulary(config: AtlasConfig, vocab_size: int, data: str) -> AtlasCon
 def with_written_length(config: AtlasConfig, explicit: Layer) -> AtlasConfig:
     """Return the config of a new run. If the user set a length (`max_steps`, `epochs` or `max_hours`), every length
     that the user did not set becomes None."""
-    lengths = {"max_steps", "epochs", "max_hours"}
-    written = lengths & explicit.get("training", {}).keys()
-    return config.replace("training", **dict.fromkeys(lengths - written)) if written else config
+    written = LENGTHS & explicit.get("training", {}).keys()
+    return config.replace("training", **dict.fromkeys(LENGTHS - written)) if written else config
 
 
 def base_key(contents: Mapping[str, Any]) -> str:

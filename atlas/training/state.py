@@ -65,6 +65,8 @@ class TrainState:
 
     loss: float | None = None
     """The loss of the last update that was applied, or None before the first update."""
+    first_loss: float | None = None
+    """The loss of the first update that was applied."""
     best_loss: float = math.inf
     evaluations_since_best: int = 0
     val_loss: float | None = None

@@ -150,7 +150,7 @@ def finish_step(run: Run) -> bool:
     instead."""
     config, state = run.config, run.state
     is_last = state.step == state.horizon
-    kinds = ["epoch"] if run.has_ended_epoch and not state.bad_in_a_row else []
+    kinds = ["epoch"] if run.has_ended_epoch and not state.bad_in_a_row and run.saves_epoch else []
     evaluation = None
     if run.data.val and (is_last or state.step % config.training.eval_interval == 0):
         evaluation = evaluate(run)

@@ -71,6 +71,31 @@ class Conversations:
             digest.update(hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest())
         return digest.hexdigest()
 
+    def some_answers(self, count: int) -> list[tuple[list[int], list[int]]]:
+        """Return, for at most `count` conversations that are spread over all of them, the token ids before the first
+        answer, and those of this answer. Only answers that the model learns count."""
+        total = len(self.ends)
+        count = min(count, total)
+        return [self._first_answer(total * number // count) for number in range(count)]
+
+    def _first_answer(self, conversation: int) -> tuple[list[int], list[int]]:
+        start = int(self.ends[conversation - 1]) if conversation else 0
+        is_answer = self.is_answer[start : self.ends[conversation]]
+        begin = int(is_answer.argmax())
+        length = int(np.append(is_answer[begin:], False).argmin())
+        ids: list[int] = self.tokens[start : start + begin + length].tolist()
+        return ids[:begin], ids[begin:]
+
+    @property
+    def longest(self) -> int:
+        """The number of tokens of the longest conversation."""
+        return int(np.diff(self.ends, prepend=0).max())
+
+    def num_windows(self, max_seq_len: int) -> int:
+        """Return about how many windows of a `ChatDataset` the conversations fill."""
+        lengths = np.minimum(np.diff(self.ends, prepend=0), max_seq_len + 1)
+        return max(1, round(int(lengths.sum()) / (max_seq_len + 1)))
+
     def answers_within(self, max_seq_len: int) -> NDArray[np.int64]:
         """Return (conversations,): for each conversation, the number of answer tokens with at most `max_seq_len` tokens
         of the conversation before them."""

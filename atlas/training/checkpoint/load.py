@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from atlas.config import LoraConfig
+from atlas.config.loader import resolve
 from atlas.errors import CheckpointError
 from atlas.model import has_lora, merged
 from atlas.training.checkpoint.base import base_of, is_intact, with_base
@@ -112,6 +113,14 @@ def read_contents(path: Path, *, remedy: str, without: Collection[str] = ()) -> 
     from atlas.training.checkpoint.shard_format import read_shards  # slow to import
 
     return read_shards(shards, remedy=remedy, without=without)
+
+
+def context_of(contents: Mapping[str, Any]) -> int:
+    """Return the context of a checkpoint's model. A model with RoPE that was fine-tuned with a shorter context has the
+    context of its base."""
+    own = resolve({"model": contents["config"].get("model", {})}).model
+    base = contents["data"].get("context")
+    return max(own.max_seq_len, base) if own.position == "rope" and type(base) is int else own.max_seq_len
 
 
 def load_weights(model: nn.Module, contents: Mapping[str, Any], path: Path | None) -> None:
