@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas.cli import main
-from atlas.config.loader import resolve
+from atlas.config import AtlasConfig
+from atlas.config.loader import nested, overlay, resolve
 from atlas.data import ResolvedData, validation_sequences
 from atlas.data.sequences.conversations import ChatDataset, Conversations, read_conversations
 from atlas.data.sequences.dataset import IGNORE_INDEX
@@ -27,14 +28,16 @@ from atlas.data.sequences.mixture import MixtureDataset
 from atlas.data.text.formats.chats import ChatReport, read_conversation
 from atlas.errors import AtlasError
 from atlas.export.huggingface import export_hf
+from atlas.export.save_imported import save_imported
 from atlas.inference.load import load_model
 from atlas.model import AtlasLM, merged
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
 from atlas.tokenizer.chat import CHAT_TEMPLATE, Message, encode_chat, newest_that_fit
 from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.loss import linear_cross_entropy
+from atlas.training.resume import Request, choose_start
 from tests.conftest import corpus
-from tests.export.test_export import sharp_model
+from tests.export.test_export import MODERN, sharp_model
 from tests.runs import layer, logged, trained
 
 COLOURS = {"sky": "blue", "grass": "green", "sun": "yellow", "snow": "white", "coal": "black"}
@@ -548,3 +551,73 @@ def test_an_imported_models_own_template_is_kept_and_run(
     assert loaded.generate("x", max_tokens=5, temperature=0, chat=True) == loaded.generate(
         "x!", max_tokens=5, temperature=0
     ).removeprefix("x!")
+
+
+def test_fine_tuning_takes_its_settings_from_the_conversations(
+    tmp_path: Path, bpe: ByteLevelTokenizer
+) -> None:
+    rope = sharp_model(bpe, **(MODERN["llama"] | {"max_seq_len": 2048}))
+    base = save_imported(rope, bpe, tmp_path / "rope", source="a test")
+    short = [{"prompt": f"What is in box {n}?", "response": f"The number {n}."} for n in range(60)]
+    write_rows(tmp_path / "few.jsonl", short)
+
+    def settings_of(source: Path, name: str, **given: object) -> AtlasConfig:
+        explicit = nested("data.train_data", str(tmp_path / name))
+        explicit["checkpoint"] = {"output_dir": str(tmp_path / "out")}
+        for key, value in given.items():
+            explicit = overlay(explicit, nested(key.replace("__", "."), value))
+        start = choose_start(Request(explicit, init_from=str(source)))
+        start.lock.release()
+        return start.config
+
+    few = settings_of(base, "few.jsonl")
+    windows = len(ChatDataset(read_conversations(tmp_path / "few.jsonl", bpe, val_fraction=0)[0], 256))
+    updates = few.training.epochs * windows / few.training.batch_size
+    assert (few.model.max_seq_len, few.training.max_steps) == (256, None)
+    assert 300 <= updates < 400
+    assert few.training.warmup_steps == 10
+    # Fewer updates have a higher rate, more a lower one, and a wider model a lower one.
+    rate = few.training.learning_rate
+    assert settings_of(base, "few.jsonl", training__max_steps=100).training.learning_rate > 2 * rate
+    assert settings_of(base, "few.jsonl", training__epochs=1000).training.learning_rate < rate
+    assert settings_of(base, "few.jsonl", lora__rank=4).training.learning_rate > 2 * rate
+    wide = save_imported(
+        sharp_model(bpe, **(MODERN["llama"] | {"hidden_size": 256})), bpe, tmp_path / "wide", source=""
+    )
+    assert settings_of(wide, "few.jsonl").training.learning_rate == pytest.approx(rate / 2, rel=0.1)
+
+    # What the user sets stays.
+    asked = {"training__epochs": 2, "training__batch_size": 5, "training__learning_rate": 3e-5}
+    own = settings_of(base, "few.jsonl", model__max_seq_len=64, training__warmup_steps=4, **asked)
+    assert own.model.max_seq_len == 64
+    assert (own.training.epochs, own.training.batch_size, own.training.max_steps) == (2, 5, None)
+    assert (own.training.learning_rate, own.training.warmup_steps) == (3e-5, 4)
+
+    # A long conversation needs a longer context, which a model that was tuned with a short one still has.
+    _, result = trained(
+        {
+            "data": {"train_data": str(tmp_path / "few.jsonl")},
+            "training": {"max_steps": 2},
+            "checkpoint": {"output_dir": str(tmp_path / "tuned")},
+        },
+        init_from=str(base),
+    )
+    long = {"prompt": "Why?", "response": "Because. " * 300}
+    write_rows(tmp_path / "long.jsonl", [*short, long])
+    assert load_checkpoint(result.saved[-1])["config"]["model"]["max_seq_len"] == 256
+    assert load_model(result.saved[-1]).config.model.max_seq_len == 2048
+    assert settings_of(result.saved[-1], "long.jsonl").model.max_seq_len == 2048
+    # Learned positions that are left out would be lost.
+    learned = save_imported(sharp_model(bpe, max_seq_len=512), bpe, tmp_path / "learned", source="a test")
+    assert settings_of(learned, "few.jsonl").model.max_seq_len == 512
+
+
+def test_many_conversations_are_read_three_times(tmp_path: Path, bpe: ByteLevelTokenizer) -> None:
+    base = save_imported(sharp_model(bpe), bpe, tmp_path / "base", source="a test")
+    write_rows(tmp_path / "many.jsonl", pairs(2000))
+    explicit = {
+        "data": {"train_data": str(tmp_path / "many.jsonl")},
+        "checkpoint": {"output_dir": str(tmp_path / "out")},
+    }
+    config = choose_start(Request(explicit, init_from=str(base))).config
+    assert (config.training.epochs, config.training.batch_size) == (3, resolve({}).training.batch_size)
