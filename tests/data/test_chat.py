@@ -33,6 +33,7 @@ from atlas.inference.load import load_model
 from atlas.model import AtlasLM, merged
 from atlas.tokenizer import ByteLevelTokenizer, Tokenizer
 from atlas.tokenizer.chat import CHAT_TEMPLATE, Message, encode_chat, newest_that_fit
+from atlas.tokenizer.load import with_chat_template
 from atlas.training.checkpoint.load import load_checkpoint
 from atlas.training.loss import linear_cross_entropy
 from atlas.training.resume import Request, choose_start
@@ -621,3 +622,18 @@ def test_many_conversations_are_read_three_times(tmp_path: Path, bpe: ByteLevelT
     }
     config = choose_start(Request(explicit, init_from=str(base))).config
     assert (config.training.epochs, config.training.batch_size) == (3, resolve({}).training.batch_size)
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tmp_path: Path, bpe: ByteLevelTokenizer) -> None:
+    template = CHAT_TEMPLATE.replace(
+        "{%- for message in messages -%}",
+        "{%- for message in messages -%}{% if 'rude' in message.content %}{{ raise_exception('No!') }}{% endif %}",
+    )
+    rows = pairs(30)
+    rows[2]["prompt"] = "rude"
+    write_rows(tmp_path / "chats.jsonl", rows)
+    train, _, notes = read_conversations(
+        tmp_path / "chats.jsonl", with_chat_template(bpe, template), val_fraction=0
+    )
+    assert len(train.ends) == 29
+    assert any("chats.jsonl line 3" in note and "No!" in note for note in notes), notes

@@ -159,12 +159,12 @@ def read_conversations(
                 some, encoded = _by_template(some, tokenizer, sources, report)
                 chats += encoded
             else:
-                turns = [turns_of(messages) for messages in some]
+                turns = [turns_of(messages) for _, messages in some]
                 ids = iter(
                     tokenizer.encode_arrays([text for chat in turns for turn in chat for text in turn[:2]])
                 )
                 chats += [_tokens_of(chat, ids, tokenizer.eos_id) for chat in turns]
-            digests += b"".join(map(_digest_of, some))
+            digests += b"".join(_digest_of(messages) for _, messages in some)
     report.check_faults(sources.reading.on_error, total_bytes=sources.total_bytes)
     if not chats:
         raise DataError(
@@ -216,7 +216,7 @@ def _rows_of(file: TextFile, reading: Reading, report: SourceReport, advance: Ad
 
 def _conversations_in(
     sources: Sources, report: SourceReport, understood: ChatReport, layout: str | None, advance: Advance
-) -> Iterator[list[Message]]:
+) -> Iterator[_Conversation]:
     for file in sources.files:
         for row in _rows_of(file, sources.reading, report, advance):
             if is_empty(row.value):
@@ -229,34 +229,39 @@ def _conversations_in(
                 continue
             report.documents[file.kind] += 1
             on_undecodable = partial(report.add_undecodable, file.name)
-            yield [
-                message._replace(content=replace_undecodable(message.content, on_undecodable))
-                for message in messages
-            ]
+            yield (
+                row.place,
+                [
+                    message._replace(content=replace_undecodable(message.content, on_undecodable))
+                    for message in messages
+                ],
+            )
 
 
+_Conversation = tuple[str, list[Message]]
+"""Where a conversation is, as a file and a row, and its messages."""
 _Chat = tuple[NDArray[np.uint32], NDArray[np.bool_], int]
 """The tokens of a conversation, the marks of the answer tokens, and the number of bytes in the answers."""
 
 
 def _by_template(
-    conversations: Sequence[list[Message]], tokenizer: Tokenizer, sources: Sources, report: SourceReport
-) -> tuple[list[list[Message]], list[_Chat]]:
+    conversations: Sequence[_Conversation], tokenizer: Tokenizer, sources: Sources, report: SourceReport
+) -> tuple[list[_Conversation], list[_Chat]]:
     """Return the conversations that the model's own chat template takes, and their tokens. The others are faults."""
-    taken: list[list[Message]] = []
+    taken: list[_Conversation] = []
     chats: list[_Chat] = []
-    for messages in conversations:
+    for place, messages in conversations:
         try:
             tokens, is_answer = encode_conversation(messages, tokenizer)
         except DataError as error:
-            report.add_fault(error, sources.reading.on_error)
+            report.add_fault(DataError(f"{place}: {error}"), sources.reading.on_error)
             continue
         learnt = [
             message.content.strip() for message in messages if message.role == "assistant" and message.learn
         ]
         num_bytes = sum(len(answer.encode()) for answer in learnt)
         chats.append((np.array(tokens, np.uint32), np.array(is_answer, np.bool_), num_bytes))
-        taken.append(messages)
+        taken.append((place, messages))
     return taken, chats
 
 
