@@ -45,10 +45,10 @@ def import_model(
         typer.Option(help="For a checkpoint of Atlas 1.x: the YAML config of the old run.", metavar="FILE"),
     ] = None,
 ) -> None:
-    """Make a checkpoint from a model in Hugging Face's format (GPT-2, Llama, Qwen3), or from a checkpoint of Atlas 1.x.
-    Atlas can generate text with the new checkpoint and fine-tune it."""
+    """Make a checkpoint from a model in Hugging Face's format (GPT-2, Llama, Qwen 2 and 3, SmolLM, Mistral, Phi-3), or
+    from a checkpoint of Atlas 1.x. Atlas can generate text with the new checkpoint and fine-tune it."""
     from atlas.export.import_first_version import import_first_version
-    from atlas.export.import_hf import import_hf
+    from atlas.export.import_hf import import_hf, window_note
     from atlas.export.save_imported import save_imported
 
     path, notes = Path(source), list[str]()
@@ -72,6 +72,7 @@ def import_model(
     else:
         _check_folder(path, takes_shape=num_heads is not None or config is not None)
         model, own = import_hf(path, tokenizer=tokenizer)
+        notes = window_note(path, model.config.max_seq_len)
     written = save_imported(model, own, output, source=source)
     shape = model.config
     say(

@@ -176,6 +176,8 @@ def _problem(detail: Any) -> str:
     """Return one of pydantic's errors as a message such as `training.batch_size: -5: must be greater than or equal to
     1`."""
     place = ".".join(str(part) for part in detail["loc"] if part in _KNOWN_PARTS) or "config"
+    if detail["type"] == "extra_forbidden":
+        return f"unknown setting {place}.{detail['loc'][-1]!s:.60}: docs/CONFIG.md lists every setting"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error" and isinstance(detail["input"], Mapping):
         return f"{place}: {message}"  # a rule over several fields names the values in its message

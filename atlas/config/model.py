@@ -20,15 +20,52 @@ _SIZES = {"hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", 
 _EVERY_VALUE = _SIZES | {"max_seq_len", "rope_theta", "norm_eps", "dropout", "bias", "tie_embeddings", "init"}
 """Fields whose value never prevents an export: llama.cpp supports every value, or the field changes only the
 training."""
-_LEARNED = {"position": ("learned",), "norm": ("layernorm",), "mlp": ("gelu", "gelu_exact")}
-_ROTATED = {"position": ("rope",), "norm": ("rmsnorm",), "mlp": ("swiglu",), "bias": (False,)}
-_ARCHITECTURES: dict[str, dict[str, tuple[Any, ...]]] = {
-    "gpt2": {**_LEARNED, "qk_norm": (False,)},  # for gelu_exact, llama.cpp computes the tanh form
-    "llama": {**_ROTATED, "qk_norm": (False,)},
-    "qwen3": {**_ROTATED, "qk_norm": (True,)},
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "qk_norm": (False,),
+    "qkv_bias": (None, False),
+    "rope_scaling": (None,),
+    "nope_interval": (None,),
 }
-"""Architecture of llama.cpp → field → the values that the architecture supports. If a field is neither in this table
-nor in `_EVERY_VALUE`, no model can be exported."""
+_ROTATED: dict[str, tuple[Any, ...]] = {
+    "position": ("rope",),
+    "norm": ("rmsnorm",),
+    "mlp": ("swiglu",),
+    "bias": (False,),
+}
+_ANY: tuple[Any, ...] = ()
+_ARCHITECTURES: dict[str, dict[str, tuple[Any, ...]]] = {
+    # for gelu_exact, llama.cpp computes the tanh form
+    "gpt2": _PLAIN | {"position": ("learned",), "norm": ("layernorm",), "mlp": ("gelu", "gelu_exact")},
+    "llama": _PLAIN | _ROTATED | {"rope_scaling": _ANY},
+    "qwen2": _PLAIN | _ROTATED | {"qkv_bias": (True,)},
+    "qwen3": _PLAIN | _ROTATED | {"qk_norm": (True,)},
+    "smollm3": _PLAIN | _ROTATED | {"nope_interval": (4,)},
+}
+"""Architecture of llama.cpp → field → the values that the architecture supports, or `_ANY`. If a field is neither in
+this table nor in `_EVERY_VALUE`, no model can be exported."""
+
+
+class RopeScaling(Section):
+    """The wavelengths of rope in Llama 3.1 and later: long ones are stretched, so that a model for a short context
+    learns a longer one. See the model card of Llama 3.1 (arXiv:2407.21783)."""
+
+    factor: Float = Field(8.0, ge=1)
+    """The factor by which the longest wavelengths are stretched."""
+    low_freq_factor: Float = Field(1.0, gt=0)
+    """Wavelengths above original_context / low_freq_factor are stretched by the full factor."""
+    high_freq_factor: Float = Field(4.0, gt=0)
+    """Wavelengths below original_context / high_freq_factor stay as they are."""
+    original_context: Int = Field(8192, ge=1)
+    """The context in tokens, before it was made longer."""
+
+    @model_validator(mode="after")
+    def _are_ordered(self) -> RopeScaling:
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor {self.low_freq_factor:g} must be less than high_freq_factor "
+                f"{self.high_freq_factor:g}"
+            )
+        return self
 
 
 class ModelConfig(Section):
@@ -55,6 +92,10 @@ class ModelConfig(Section):
     """Position encoding. learned: learned vectors. rope: rotated queries and keys."""
     rope_theta: Float = Field(_ROPE_THETA, gt=1)
     """Base of rope's wavelengths. The longest wavelength is about 2π × rope_theta tokens."""
+    rope_scaling: RopeScaling | None = None
+    """How rope's wavelengths are stretched, as in Llama 3.1 and later. Default: not at all."""
+    nope_interval: Int | None = Field(None, ge=1)
+    """Every nope_interval-th block has no rope, as in SmolLM3. Default: all blocks have it."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Norm before attention and MLP."""
     norm_eps: Float = Field(1e-5, gt=0, lt=1)
@@ -69,6 +110,8 @@ class ModelConfig(Section):
     MLP."""
     bias: bool = True
     """Biases in linear layers and layer norms, as in GPT-2."""
+    qkv_bias: bool | None = None
+    """Biases in the projections to queries, keys and values. Default: as bias. Qwen2 has only these biases."""
     tie_embeddings: bool = True
     """The LM head shares the token embedding's weights."""
     init: Literal["gpt2", "scaled"] = "gpt2"
@@ -96,9 +139,16 @@ class ModelConfig(Section):
             raise ValueError(
                 f"head_dim {self.head_size} is odd, and position rope rotates pairs: use head_dim {self.head_size + 1}"
             )
-        if self.position != "rope" and self.rope_theta != _ROPE_THETA:
+        of_rope = {
+            f"rope_theta {self.rope_theta:g}": self.rope_theta != _ROPE_THETA,
+            "rope_scaling": self.rope_scaling is not None,
+            f"nope_interval {self.nope_interval}": self.nope_interval is not None,
+        }
+        if self.position != "rope" and (
+            useless := [setting for setting, is_set in of_rope.items() if is_set]
+        ):
             raise ValueError(
-                f"rope_theta {self.rope_theta:g} has no effect with position {self.position}: set position to rope"
+                f"{useless[0]} has no effect with position {self.position}: set position to rope"
             )
         return self
 
@@ -118,6 +168,15 @@ class ModelConfig(Section):
     def kv_heads(self) -> int:
         """Heads of keys and values."""
         return self.num_kv_heads or self.num_heads
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether the projections to queries, keys and values have biases."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    def has_rope(self, layer: int) -> bool:
+        """Whether the block `layer`, counted from 0, rotates queries and keys."""
+        return self.position == "rope" and (not self.nope_interval or (layer + 1) % self.nope_interval != 0)
 
     @property
     def head_size(self) -> int:
@@ -178,7 +237,11 @@ class ModelConfig(Section):
         """Return setting → the value that `architecture` needs, for each setting that the architecture does not
         support."""
         computed = _ARCHITECTURES[architecture]
-        changes = {name: values[0] for name, values in computed.items() if getattr(self, name) not in values}
+        changes = {
+            name: values[0]
+            for name, values in computed.items()
+            if values is not _ANY and getattr(self, name) not in values
+        }
         if architecture == "gpt2":  # in gpt2, all heads together are as wide as the model
             if self.kv_heads != self.num_heads:
                 changes["num_kv_heads"] = self.num_heads

@@ -75,6 +75,8 @@ def _also_as_text(entry: dict[str, Any]) -> dict[str, Any]:
     if "properties" in entry:
         inside = {name: _also_as_text(property_) for name, property_ in entry["properties"].items()}
         return {**entry, "type": ["object", "null"], "properties": inside}
+    if any("properties" in choice for choice in entry.get("anyOf", [])):
+        return {**entry, "anyOf": [_also_as_text(choice) for choice in entry["anyOf"]]}
     choices = entry.get("anyOf", [{key: entry[key] for key in ("type", "enum", *_LIMITS) if key in entry}])
     if not any(choice.get("type") in ("integer", "number") for choice in choices):
         return entry
@@ -110,6 +112,9 @@ def _value(choice: dict[str, Any]) -> str:
     literals = choice.get("enum") or ([choice["const"]] if "const" in choice else [])
     if literals:
         return ", ".join(f"`{literal}`" for literal in literals)
+    if "properties" in choice:
+        inside = choice["properties"].items()
+        return "settings " + ", ".join(f"`{name}` ({entry['default']:g})" for name, entry in inside)
     limits = [f"{sign} {_limit(choice[name])}" for name, sign in _LIMITS.items() if name in choice]
     return " ".join([_KINDS[choice["type"]], " and ".join(limits)]).strip()
 

@@ -43,6 +43,9 @@ MODULES = {
 empty name means that the program has no such module."""
 
 
+_QKV = ("attention.q.weight", "attention.k.weight", "attention.v.weight")
+
+
 def with_biases(modules: Mapping[str, str]) -> dict[str, str]:
     """Atlas's name → the other program's name, for each weight and bias of `modules`. Embeddings and the LM head have
     no bias."""
@@ -56,11 +59,15 @@ def with_biases(modules: Mapping[str, str]) -> dict[str, str]:
 
 def tables(gpt2: int, llama: int) -> dict[str, dict[str, str]]:
     """Per architecture: Atlas's name of a tensor → the other program's name. `gpt2` and `llama` are indices into the
-    tuples of `MODULES`. The index `llama` is also for Qwen3."""
+    tuples of `MODULES`. The index `llama` is also for the other architectures with RoPE."""
     of_gpt2 = with_biases({ours: theirs[gpt2] for ours, theirs in MODULES.items() if theirs[1]})
     of_qwen3 = {f"{ours}.weight": f"{theirs[llama]}.weight" for ours, theirs in MODULES.items() if theirs[2]}
     of_llama = {a: b for a, b in of_qwen3.items() if not a.endswith(("q_norm.weight", "k_norm.weight"))}
-    return {"gpt2": of_gpt2, "llama": of_llama, "qwen3": of_qwen3}
+    qkv = [name.removesuffix("weight") for name in of_llama if name.endswith(_QKV)]
+    of_qwen2 = of_llama | {
+        f"{name}bias": f"{of_llama[name + 'weight'].removesuffix('weight')}bias" for name in qkv
+    }
+    return {"gpt2": of_gpt2, "llama": of_llama, "qwen2": of_qwen2, "qwen3": of_qwen3, "smollm3": of_llama}
 
 
 TENSOR_NAMES = tables(gpt2=0, llama=0)
@@ -68,7 +75,15 @@ TENSOR_NAMES = tables(gpt2=0, llama=0)
 
 
 ROTATED: dict[str, Any] = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
-"""The settings of `ModelConfig` that are the same for all Llama and Qwen3 models."""
+"""The settings of `ModelConfig` that are the same for all architectures with RoPE."""
+SWITCHES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+    "smollm3": {"nope_interval": 4},
+}
+"""Architecture with RoPE → the settings of `ModelConfig` in which it differs from Llama."""
+_NEIGHBOURS = ("llama", "smollm3")
 VOCABULARY_ROWS = frozenset({"token_embedding.weight", "lm_head.weight"})
 """Names of the tensors with one row per token of the vocabulary. Exports omit the rows that only pad the vocabulary."""
 
@@ -135,8 +150,8 @@ def exportable_state(state: Mapping[str, Tensor], config: ModelConfig) -> dict[s
 def for_llama_cpp(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Return the result of `exportable_state`, with rows in llama.cpp's order.
 
-    For the architecture `llama`, llama.cpp's RoPE rotates pairs of neighbouring rows of q and k. Atlas's RoPE rotates
-    the pairs of rows i and i + D/2 of each head. The new order does not change the products of q and k.
+    For the architectures `llama` and `smollm3`, llama.cpp's RoPE rotates pairs of neighbouring rows of q and k. Atlas's
+    RoPE rotates the pairs of rows i and i + D/2 of each head. The new order does not change the products of q and k.
     """
     return _with_rows(exportable_state(state, config), config, from_shape=(2, config.head_size // 2))
 
@@ -149,10 +164,10 @@ def from_llama_cpp(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str
 def _with_rows(
     state: Mapping[str, Tensor], config: ModelConfig, *, from_shape: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """Reorder the rows of q and k if the architecture is `llama`. The rows of each head are arranged in a matrix of
-    `from_shape`, and this matrix is transposed."""
+    """Reorder the rows of q and k if the architecture is `llama` or `smollm3`. The rows of each head are arranged in a
+    matrix of `from_shape`, and this matrix is transposed."""
     result = dict(state)
-    for name, tensor in state.items() if config.gguf_architecture == "llama" else ():
+    for name, tensor in state.items() if config.gguf_architecture in _NEIGHBOURS else ():
         if name.endswith(("attention.q.weight", "attention.k.weight")):
             heads = tensor.view(-1, *from_shape, tensor.shape[1])
             result[name] = heads.transpose(1, 2).reshape(tensor.shape)

@@ -19,9 +19,11 @@ from gguf import GGMLQuantizationType as TensorType
 from torch import Tensor
 
 from atlas.config import ModelConfig
+from atlas.config.model import RopeScaling
 from atlas.errors import ExportError
 from atlas.export.architectures import (
     ROTATED,
+    SWITCHES,
     TENSOR_NAMES,
     architecture_of,
     build_from,
@@ -34,6 +36,7 @@ from atlas.export.quantize import Quantization, as_type, check_available, file_t
 from atlas.export.vocabulary import add_metadata, check_tokenizer, vocabulary_of
 from atlas.files import explain_failed_write
 from atlas.model import AtlasLM
+from atlas.model.rope import stretching
 from atlas.outputs import place_of_file, replacing_output
 from atlas.tokenizer import Tokenizer
 
@@ -53,11 +56,13 @@ _ROTATED_SIZES = {
 }
 _SHAPE = {
     "gpt2": {**_SIZES, "norm_eps": "attention.layer_norm_epsilon"},
-    "llama": _ROTATED_SIZES,
-    "qwen3": _ROTATED_SIZES,
+    **dict.fromkeys(SWITCHES, _ROTATED_SIZES),
 }
 """Per architecture: a field of `ModelConfig` → the metadata key for this field, without the architecture's name in
 front."""
+ROPE_FACTORS, _SCALING = "rope_freqs.weight", "atlas.rope_scaling"
+"""The tensor with the factors of `RopeScaling`, and the key with its settings."""
+_LLAMAS = [RopeScaling(factor=8), RopeScaling(factor=32)]  # Llama 3.1 and 3.3; Llama 3.2
 
 
 def export_gguf(
@@ -111,7 +116,10 @@ def file_tensors(model: AtlasLM) -> dict[str, Tensor]:
     names, state = tensor_names(config), for_llama_cpp(model.state_dict(), config)
     if different := names.keys() ^ state.keys():
         raise ValueError(f"{config.gguf_architecture} table and state dict differ in {sorted(different)}")
-    return {names[name]: state[name].float().cpu() for name in names}
+    tensors = {names[name]: state[name].float().cpu() for name in names}
+    if config.rope_scaling is not None:
+        tensors[ROPE_FACTORS] = stretching(config.head_size, config.rope_theta, config.rope_scaling)
+    return tensors
 
 
 def metadata_of(model: AtlasLM, tokenizer: Tokenizer, quantize: Quantization) -> dict[str, Any]:
@@ -122,6 +130,7 @@ def metadata_of(model: AtlasLM, tokenizer: Tokenizer, quantize: Quantization) ->
         "general.file_type": file_type(quantize),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         **{f"{architecture_of(config)}.{key}": value for key, value in _shape_in_file(config).items()},
+        **({_SCALING: config.rope_scaling.model_dump_json()} if config.rope_scaling else {}),
         **vocabulary_of(tokenizer),
     }
 
@@ -167,6 +176,8 @@ def read_gguf(path: str | Path) -> tuple[AtlasLM, dict[str, Any]]:
             for tensor in reader.tensors
         }
         config = _config_in_file(metadata, tied="output.weight" not in tensors)
+        if (factors := tensors.pop(ROPE_FACTORS, None)) is not None:
+            config = config.model_copy(update={"rope_scaling": _scaling_with(factors, config, metadata)})
         state = {ours: tensors.pop(theirs) for ours, theirs in tensor_names(config).items()}
         if tensors:
             raise ValueError(
@@ -201,9 +212,20 @@ def open_gguf(path: str | Path) -> Iterator[gguf.GGUFReader]:
 def _config_in_file(metadata: dict[str, Any], *, tied: bool) -> ModelConfig:
     architecture = metadata["general.architecture"]
     shape = {field: metadata[f"{architecture}.{key}"] for field, key in _SHAPE[architecture].items()}
-    family = {} if architecture == "gpt2" else ROTATED | {"qk_norm": architecture == "qwen3"}
+    family = {} if architecture == "gpt2" else ROTATED | SWITCHES[architecture]
     vocab_size = len(metadata["tokenizer.ggml.tokens"])
     return ModelConfig(**shape, **family, vocab_size=vocab_size, tie_embeddings=tied)
+
+
+def _scaling_with(factors: Tensor, config: ModelConfig, metadata: dict[str, Any]) -> RopeScaling:
+    """Return the settings with which RoPE's wavelengths are stretched by `factors`. llama.cpp's files have no key for
+    these settings, so they are those that Atlas wrote, or those of a model of Llama."""
+    stated = metadata.get(_SCALING)
+    known = [RopeScaling.model_validate_json(stated)] if stated else _LLAMAS
+    for scaling in known:
+        if torch.allclose(factors, stretching(config.head_size, config.rope_theta, scaling), rtol=1e-5):
+            return scaling
+    raise ValueError(f"{ROPE_FACTORS} stretches RoPE in a way that Atlas does not know")
 
 
 def _check_range(name: str, tensor: Tensor, type: TensorType) -> None:

@@ -1,4 +1,4 @@
-"""Import a GPT-2, Llama or Qwen3 model from a local folder in Hugging Face's format.
+"""Import a model of a public family, such as Llama or Qwen, from a local folder in Hugging Face's format.
 
 No code in the folder runs. Atlas reads tensors from safetensors files, settings from JSON files, and the chat template
 as text, which runs only in a sandbox.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from atlas.errors import ExportError
 from atlas.export.architectures import build_from, import_of
-from atlas.export.hf_format import config_in, import_safetensors, state_in
+from atlas.export.hf_format import config_in, import_safetensors, state_in, window_of
 from atlas.files import check_regular, read_limited
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
@@ -37,6 +37,18 @@ def import_hf(folder: str | Path, *, tokenizer: str | None = None) -> tuple[Atla
         model = build_from(state_in(_read_tensors(folder), config), config)
     own = _read_tokenizer(folder, tokenizer, config.vocabulary)
     return model, with_chat_template(own, read_chat_template(folder))
+
+
+def window_note(folder: Path, context: int) -> list[str]:
+    """Return a note for the user if the window of the model's attention limits its context, else an empty list."""
+    stated = _read_json(folder / "config.json")
+    positions = stated.get("max_position_embeddings")
+    if window_of(stated) != context or not isinstance(positions, int) or positions <= context:
+        return []
+    return [
+        f"the model attends to windows of {context:,} tokens, which Atlas does not compute, so its context is "
+        f"{context:,} tokens instead of {positions:,}"
+    ]
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

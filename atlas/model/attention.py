@@ -47,7 +47,8 @@ class CausalSelfAttention(nn.Module):
         self.widths = [number * config.head_size for number in heads]
         self.shares_keys = config.kv_heads != config.num_heads
         self.dropout = config.dropout
-        self.qkv = Linear(config.hidden_size, sum(self.widths), bias=config.bias)
+        self.has_rope = config.has_rope(layer)
+        self.qkv = Linear(config.hidden_size, sum(self.widths), bias=config.has_qkv_bias)
         self.output = nn.Linear(self.widths[0], config.hidden_size, bias=config.bias)
         # QK-norm bounds the products of queries and keys (Henry et al. 2020, arXiv:2010.04245).
         self.q_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
@@ -102,6 +103,7 @@ class CausalSelfAttention(nn.Module):
         q_BTHD, k_BTKD, v_BTKD = (
             split.view(B, T, -1, self.head_size) for split in qkv.split(self.widths, dim=-1)
         )
+        rotation = rotation if self.has_rope else None
         q_BHTD = _norm_and_rope(q_BTHD, self.q_norm, rotation).transpose(1, 2)
         k_BKTD = _norm_and_rope(k_BTKD, self.k_norm, rotation).transpose(1, 2)
         return q_BHTD, k_BKTD, v_BTKD.transpose(1, 2)

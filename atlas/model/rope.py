@@ -10,20 +10,37 @@ Shapes: B batch, T tokens, H heads, D head_dim.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from atlas.config.model import RopeScaling
+
 Rotation = tuple[Tensor, Tensor]
 """Cosine and sine of each token's angles: (T, 1, D/2), or (B, T, 1, D/2) if the rows have different positions."""
 
 
-def rotation_at(positions: Tensor, head_size: int, theta: float) -> Rotation:
+def rotation_at(
+    positions: Tensor, head_size: int, theta: float, scaling: RopeScaling | None = None
+) -> Rotation:
     """Return the rotation of the tokens at `positions`, (T,) or (B, T), in fp32."""
     pairs = torch.arange(0, head_size, 2, device=positions.device)
-    angles = positions[..., None, None] / theta ** (pairs / head_size)
+    radians = theta ** (pairs / head_size)  # tokens per radian
+    if scaling is not None:
+        radians = radians * stretching(head_size, theta, scaling).to(positions.device)
+    angles = positions[..., None, None] / radians
     return angles.cos(), angles.sin()
+
+
+def stretching(head_size: int, theta: float, scaling: RopeScaling) -> Tensor:
+    """Return (D/2,): the factor by which each pair's wavelength is stretched. Between the two limits, the frequency is
+    a weighted mean of the frequencies at the limits, as in `transformers` and llama.cpp."""
+    wavelengths = 2 * math.pi * theta ** (torch.arange(0, head_size, 2) / head_size)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((scaling.original_context / wavelengths - low) / (high - low)).clamp(0, 1)
+    return 1 / ((1 - kept) / scaling.factor + kept)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:

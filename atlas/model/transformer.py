@@ -149,7 +149,9 @@ class AtlasLM(nn.Module):
                 dropout = self.config.dropout if self.training else 0.0
                 mask = document_mask(documents, head_size=self.config.head_size, dropout=dropout)
         if self.config.position == "rope":
-            rotation = rotation_at(positions, self.config.head_size, self.config.rope_theta)
+            rotation = rotation_at(
+                positions, self.config.head_size, self.config.rope_theta, self.config.rope_scaling
+            )
         return Context(positions, mask, rotation, cache)
 
     def _look_up(self, tokens: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def update_seconds(config: AtlasConfig, speed: Speed) -> float:
     forwards = 2 if training.gradient_checkpointing else 1
     N, L, C, V = sequences * model.max_seq_len, model.num_layers, model.hidden_size, model.padded_vocab_size
     matrices, parameters = list(block_matrices(model).values()), count_parameters(model).total
-    tensors = L * (4 + 4 * model.bias + (4 if model.norm == "layernorm" else 2))
+    tensors = L * (4 + 3 * model.bias + model.has_qkv_bias + (4 if model.norm == "layernorm" else 2))
 
     def product(rows: int, columns: int) -> float:
         moved = 2 * (rows * columns + N * (rows + columns))

@@ -21,10 +21,10 @@ from atlas.training.schedule import NO_LIMIT, horizon_steps, length_of
 
 LENGTHS = {"max_steps", "epochs", "max_hours"}
 """The settings that limit the length of a run."""
-_CHAT_UPDATES, _CHAT_EPOCHS, _UPDATES_PER_EPOCH = 300, 3, 8
+_CHAT_UPDATES, _CHAT_EPOCHS, _UPDATES_PER_EPOCH = 400, 3, 8
 """Without a length of the user's, fine-tuning on conversations makes at least so many updates, and at least so many
 passes. A few conversations have so small an update that a pass has several of them."""
-_CHAT_RATE_STEPS, _CHAT_RATES, _CHAT_RATE_WIDTH = 0.6, (1e-3, 8e-3), 128
+_CHAT_RATE_STEPS, _CHAT_RATES, _CHAT_RATE_WIDTH = 0.8, (1e-3, 8e-3), 128
 """The peak learning rate times the number of updates; the lowest and the highest rate; and the `hidden_size` for which
 they were measured. A wider model has a proportionally lower rate."""
 _LORA_FACTOR = 4.0

@@ -314,7 +314,7 @@ def broken(folder: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
-        ("unknown family", "model_type mamba: Atlas imports gpt2, llama, qwen3"),
+        ("unknown family", "model_type mamba: Atlas imports gpt2, llama, qwen2, qwen3"),
         ("scaled rope", "rope_parameters of type yarn"),
         ("other activation", "hidden_act gelu: Atlas supports only silu"),
         ("biases", "attention_bias True"),

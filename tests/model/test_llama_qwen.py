@@ -286,6 +286,9 @@ def test_muon_takes_the_parts_of_a_tensor_for_matrices_of_their_own(name: str) -
         ({"position": "learned", "rope_theta": 500}, "rope_theta 500 has no effect with position learned"),
         ({"position": "alibi"}, "Input should be 'learned' or 'rope'"),
         ({"rope_theta": 0.5}, "greater than 1"),
+        ({"position": "learned", "nope_interval": 4}, "nope_interval 4 has no effect with position learned"),
+        ({"position": "learned", "rope_scaling": {}}, "rope_scaling has no effect with position learned"),
+        ({"rope_scaling": {"low_freq_factor": 4}}, "low_freq_factor 4 must be less than high_freq_factor 4"),
     ],
 )
 def test_what_cannot_be_is_refused(changes: dict[str, object], reason: str) -> None:
