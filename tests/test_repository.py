@@ -73,7 +73,7 @@ INSIDE = {
     "base retention shard_format < load moves < convert manager verify < async_saver < shard_saver",
     "inference": "decoder layout sampling < generate < recall text < load < harness look < tasks",
     "export": "architectures gguf_header llama_cpp quantize save_imported < hf_format vocabulary < gguf "
-    "import_first_version score < huggingface import_hf verify < peft",
+    "import_first_version score < huggingface import_gguf import_hf verify < peft",
     "reporting": "curves dataset_statistics targets < dataset_figure runs < figure report",
     "serving": "errors files runs schema server < generation limits stream < answers engine llama metrics < "
     "dispatcher < openai pages < app",

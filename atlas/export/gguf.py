@@ -60,6 +60,8 @@ _SHAPE = {
 }
 """Per architecture: a field of `ModelConfig` → the metadata key for this field, without the architecture's name in
 front."""
+_OPTIONAL = ("attention.head_count_kv", "attention.key_length", "rope.freq_base")
+"""Keys that are missing where the value is that of `ModelConfig`'s default."""
 ROPE_FACTORS, _SCALING = "rope_freqs.weight", "atlas.rope_scaling"
 """The tensor with the factors of `RopeScaling`, and the key with its settings."""
 _LLAMAS = [RopeScaling(factor=8), RopeScaling(factor=32)]  # Llama 3.1 and 3.3; Llama 3.2
@@ -162,10 +164,10 @@ def tensor_types(model: AtlasLM, tensors: dict[str, Tensor], quantize: Quantizat
 
 
 def read_gguf(path: str | Path) -> tuple[AtlasLM, dict[str, Any]]:
-    """Return the model in a GGUF file that Atlas wrote, in fp32 and evaluation mode, and the file's metadata.
+    """Return the model in a GGUF file, in fp32 and evaluation mode, and the file's metadata.
 
     The shape, the norm epsilon and the weights come from the file. The weights are rounded to the types in the file.
-    Raises `ExportError` if the file is incomplete or has an architecture that Atlas does not know.
+    Raises `ExportError` if the file is incomplete, or has a model that Atlas does not know.
     """
     with open_gguf(path) as reader:
         metadata = {name: field.contents() for name, field in reader.fields.items()}
@@ -211,7 +213,15 @@ def open_gguf(path: str | Path) -> Iterator[gguf.GGUFReader]:
 
 def _config_in_file(metadata: dict[str, Any], *, tied: bool) -> ModelConfig:
     architecture = metadata["general.architecture"]
-    shape = {field: metadata[f"{architecture}.{key}"] for field, key in _SHAPE[architecture].items()}
+    stated = {key.removeprefix(f"{architecture}."): value for key, value in metadata.items()}
+    if stated.get("expert_count") or stated.get("rope.scaling.type", "none") != "none":
+        unknown = "experts" if stated.get("expert_count") else f"RoPE scaled by {stated['rope.scaling.type']}"
+        raise ValueError(f"it is a model with {unknown}, which Atlas does not compute")
+    shape = {
+        field: stated[key]
+        for field, key in _SHAPE[architecture].items()
+        if key in stated or key not in _OPTIONAL
+    }
     family = {} if architecture == "gpt2" else ROTATED | SWITCHES[architecture]
     vocab_size = len(metadata["tokenizer.ggml.tokens"])
     return ModelConfig(**shape, **family, vocab_size=vocab_size, tie_embeddings=tied)

@@ -25,6 +25,12 @@ _LONGEST_NAME = 1 << 16
 _MOST_DIMENSIONS = 4
 
 
+def is_gguf(path: Path) -> bool:
+    """Return whether a file begins as a GGUF file does."""
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
 def check_header(path: Path) -> None:
     """Raise `ValueError` if the sizes in the header exceed the file's length or the limits of this module. Raise
     `OSError` if the file cannot be read."""

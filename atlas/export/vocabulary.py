@@ -52,7 +52,7 @@ TEXTS = (
     "a",
 )
 """Difficult texts: contractions, code, digits, white space, many scripts, combining marks, control characters."""
-_MORE_TEXTS = (
+MORE_TEXTS = (
     "HTTPServer getURL2 iPhone15 A1b2C3 IT'S I'M WE'RE x1y22z333 v2.0.1-rc3 0x7fff 1e10 １２３４５ Ⅷ ٣٤٥٦ १२३४५६७",
     "सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है।",
     "সমস্ত মানুষ স্বাধীনভাবে সমান মর্যাদা।",
@@ -106,12 +106,12 @@ def vocabulary_of(tokenizer: ByteLevelTokenizer | ForeignTokenizer) -> dict[str,
             f"tokenizer {tokenizer.name}: llama.cpp must show that it gives the same token ids; "
             'pip install "atlas-llm[llama]", or use --format hf'
         )
-    texts = [*normalized(TEXTS, tokenizer), *normalized(_MORE_TEXTS, tokenizer)]
+    texts = [*normalized(TEXTS, tokenizer), *normalized(MORE_TEXTS, tokenizer)]
     expected = tokenizer.encode_batch(texts)
     for vocabulary in item_progress(
         [*_candidates(tokenizer)], "looking for the tokenizer's split in llama.cpp"
     ):
-        if _ids_in_llama_cpp(vocabulary, texts) == expected:
+        if ids_in_llama_cpp(vocabulary, texts) == expected:
             return vocabulary
     raise ExportError(
         f"tokenizer {tokenizer.name}: belongs to another model, and llama.cpp gives other token ids with each split "
@@ -206,7 +206,7 @@ def _scores(tokens: Sequence[str], merges: Sequence[Sequence[str]]) -> list[floa
     return [-float(ranks.get(token, 10 * len(merges))) for token in tokens]
 
 
-def _ids_in_llama_cpp(vocabulary: dict[str, Any], texts: Sequence[str]) -> list[list[int]] | None:
+def ids_in_llama_cpp(vocabulary: dict[str, Any], texts: Sequence[str]) -> list[list[int]] | None:
     """Return llama.cpp's token ids of the texts with a vocabulary, or None if llama.cpp refuses the vocabulary."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "vocabulary.gguf")

@@ -24,11 +24,11 @@ LENGTHS = {"max_steps", "epochs", "max_hours"}
 _CHAT_UPDATES, _CHAT_EPOCHS, _UPDATES_PER_EPOCH = 400, 3, 8
 """Without a length of the user's, fine-tuning on conversations makes at least so many updates, and at least so many
 passes. A few conversations have so small an update that a pass has several of them."""
-_CHAT_RATE_STEPS, _CHAT_RATES, _CHAT_RATE_WIDTH = 0.8, (1e-3, 8e-3), 128
-"""The peak learning rate times the number of updates; the lowest and the highest rate; and the `hidden_size` for which
-they were measured. A wider model has a proportionally lower rate."""
-_LORA_FACTOR = 4.0
-"""The rate of low-rank updates, as a multiple of the rate for all weights."""
+_CHAT_RATE_STEPS, _CHAT_RATES = 0.8, (1e-3, 8e-3)
+"""The peak learning rate times the number of updates, and the lowest and the highest rate."""
+_LORA_RATE_STEPS, _LORA_RATES = 3.2, (4e-3, 12e-3)
+_CHAT_RATE_WIDTH = 128
+"""The `hidden_size` for which these rates were measured. A wider model has a proportionally lower rate."""
 _CHAT_WARMUP_STEPS, _CHAT_CONTEXT = 10, 256
 
 
@@ -124,10 +124,11 @@ def _with_chat_length(config: AtlasConfig, explicit: Layer, windows: int) -> Atl
 def chat_learning_rate(config: AtlasConfig, updates: int) -> float:
     """Return the peak learning rate for fine-tuning on conversations in `updates` updates. The fewer the updates, the
     higher the rate."""
-    lowest, highest = _CHAT_RATES
-    rate = min(highest, max(lowest, _CHAT_RATE_STEPS / updates))
-    rate *= min(1.0, _CHAT_RATE_WIDTH / config.model.hidden_size)
-    return float(f"{rate * (_LORA_FACTOR if config.lora.rank else 1.0):.2g}")
+    steps, (lowest, highest) = _CHAT_RATE_STEPS, _CHAT_RATES
+    if config.lora.rank:
+        steps, (lowest, highest) = _LORA_RATE_STEPS, _LORA_RATES
+    rate = min(highest, max(lowest, steps / updates)) * min(1.0, _CHAT_RATE_WIDTH / config.model.hidden_size)
+    return float(f"{rate:.2g}")
 
 
 def _unless_set(config: AtlasConfig, explicit: Layer, section: str, **values: Any) -> AtlasConfig:

@@ -46,7 +46,7 @@ UNSEEN = [
 def trained(split: pre_tokenizers.PreTokenizer | None, *, nfc: bool = False) -> ForeignTokenizer:
     """A byte-level BPE with a split, trained on the texts in which the splits differ."""
     numbers = " ".join(f"{n} {n % 100} {n * n}" for n in range(1000, 1300)) + " 123 1234 12 ٣٤ ٣٤ ٣٤٥ ٣٤٥"
-    texts = [*vocabulary.TEXTS, *vocabulary._MORE_TEXTS, *UNSEEN, numbers, numbers]
+    texts = [*vocabulary.TEXTS, *vocabulary.MORE_TEXTS, *UNSEEN, numbers, numbers]
     own = byte_level_bpe(texts * 3, 1500, ["<s>", "</s>", "<|im_end|>", "<pad>"], split, nfc=nfc)
     special = SpecialTokens(bos=0, pad=3, stops=(1, 2), adds_bos=True)
     return ForeignTokenizer(own.to_str(), eos_id=1, vocab_size=1510, special=special, origin="a test")
