@@ -3,13 +3,14 @@
     atlas prepare --input my_texts --train-tokenizer 1024 --output data/mine
     atlas train --config modern-nano --train-data data/mine --output-dir checkpoints/base
     python benchmarks/chat_rate.py --checkpoint checkpoints/base/atlas_best.pt
-    python benchmarks/chat_rate.py --checkpoint checkpoints/base/atlas_best.pt --rates 1e-3 2e-3 --lengths 20x16 40x4
+    python benchmarks/chat_rate.py --checkpoint checkpoints/base/atlas_best.pt --rates 1e-3 2e-3 --lengths auto 40x4
 
 For each rate and each length (epochs × batch size), the script trains a model on pairs of question and answer, with
-`atlas train --init-from`. An answer counts as learned if `atlas generate --chat --temperature 0` gives exactly this
-answer. The script counts the learned answers of `atlas_best.pt` and of the last checkpoint. Without `--pairs`, the
-script uses 60 made-up pairs: a short question, and an unrelated sentence as its answer. A model can give such an answer
-only if it has memorized the answer.
+`atlas train --init-from`. With the length `auto`, Atlas chooses the length. `--lora 8` trains low-rank updates. An
+answer counts as learned if `atlas generate --chat --temperature 0` gives exactly this answer. The script counts the
+learned answers of `atlas_best.pt` and of the last checkpoint. Without `--pairs`, the script uses 60 made-up pairs: a
+short question, and an unrelated sentence as its answer. A model can give such an answer only if it has memorized the
+answer.
 """
 
 from __future__ import annotations
@@ -61,17 +62,19 @@ def last_step(folder: Path) -> int:
 
 
 def measure(
-    checkpoint: Path, pairs: list[dict[str, str]], rate: str | None, length: str
+    checkpoint: Path, pairs: list[dict[str, str]], rate: str | None, length: str, lora: int
 ) -> tuple[int, int, int]:
-    """Return (updates, answers learned by the best checkpoint, by the last one) of one run. With `rate` None, Atlas
-    chooses the rate."""
-    epochs, batch = length.split("x")
+    """Return (updates, answers learned by the best checkpoint, by the last one) of one run. With `rate` None or
+    `length` auto, Atlas chooses the rate or the length. `lora` is the rank of low-rank updates, or 0."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         chats, run = folder / "chats.jsonl", folder / "run"
         chats.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
-        arguments = ["--epochs", epochs, "--batch-size", batch, "--output-dir", str(run)]
-        arguments += ["--set", "tracking.samples=0", *(["--learning-rate", rate] if rate else [])]
+        arguments = ["--output-dir", str(run), "--set", "tracking.samples=0", "--set", f"lora.rank={lora}"]
+        arguments += ["--learning-rate", rate] if rate else []
+        if length != "auto":
+            epochs, batch = length.split("x")
+            arguments += ["--epochs", epochs, "--batch-size", batch]
         assert atlas(["train", "--init-from", str(checkpoint), "--train-data", str(chats), *arguments]) == 0
         step = last_step(run)
         learned = [
@@ -89,7 +92,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--rates", nargs="*", default=["1e-4", "5e-4", "2e-3"], help="compared with Atlas's own"
     )
-    parser.add_argument("--lengths", nargs="+", default=["20x16", "20x4", "40x4"], help="epochs × batch size")
+    parser.add_argument(
+        "--lengths", nargs="+", default=["20x4", "40x4", "auto"], help="epochs × batch size, or auto"
+    )
+    parser.add_argument("--lora", type=int, default=0, help="rank of low-rank updates; 0: all weights")
     add_record_option(parser)
     return parser.parse_args()
 
@@ -106,7 +112,13 @@ def main() -> None:
     rows = []
     for length in options.lengths:
         for rate in [*options.rates, None]:
-            rows.append((rate or "Atlas's own", length, *measure(options.checkpoint, pairs, rate, length)))
+            rows.append(
+                (
+                    rate or "Atlas's own",
+                    length,
+                    *measure(options.checkpoint, pairs, rate, length, options.lora),
+                )
+            )
     with recorded("Learning conversations", options):
         print(f"{options.checkpoint.parent.name}: {len(pairs)} pairs\n")
         print("| rate | epochs x batch | updates | learned by the best | by the last |")
