@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -53,10 +53,10 @@ def import_model(
     from atlas.export.gguf_header import is_gguf
     from atlas.export.import_first_version import import_first_version
     from atlas.export.import_gguf import import_gguf
-    from atlas.export.import_hf import import_hf, window_note
+    from atlas.export.import_hf import import_hf, read_sampling, window_note
     from atlas.export.save_imported import save_imported
 
-    path, notes = Path(source), list[str]()
+    path, notes, sampling = Path(source), list[str](), dict[str, Any]()
     if not path.exists():
         raise AtlasError(
             f"{path}: no such file or folder; give a folder with config.json, a GGUF file, or a .pt of Atlas 1.x"
@@ -82,8 +82,8 @@ def import_model(
         _check_folder(path)
         _check_shape(path, takes_shape=takes_shape)
         model, own = import_hf(path, tokenizer=tokenizer)
-        notes = window_note(path, model.config.max_seq_len)
-    written = save_imported(model, own, output, source=source)
+        notes, sampling = window_note(path, model.config.max_seq_len), read_sampling(path)
+    written = save_imported(model, own, output, source=source, sampling=sampling)
     shape = model.config
     say(
         *notes,

@@ -124,6 +124,12 @@ _SCALING = {
 """A field of `RopeScaling` → the key in config.json."""
 _DEFAULT_WINDOWS = {"mistral": 4096}
 """Model type → the default of `transformers` for `sliding_window`."""
+_SAMPLING = {
+    "do_sample": (bool,),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "typical_p", "repetition_penalty"), (int, float)),
+    "top_k": (int,),
+}
+"""A sampling setting in generation_config.json → the types of its values."""
 _NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """Suffixes of tensors that older versions of `transformers` saved besides the weights: masks and RoPE's frequencies."""
 
@@ -273,6 +279,12 @@ def window_of(stated: Mapping[str, Any]) -> int | None:
     attention is full attention, so Atlas takes no longer context."""
     family = str(stated.get("model_type"))
     return stated.get("sliding_window", _DEFAULT_WINDOWS.get(family)) if family in _AS_LLAMA else None
+
+
+def sampling_in(stated: Any) -> dict[str, Any]:
+    """Return the sampling settings in the content of a generation_config.json. Other values are left out."""
+    found = stated if isinstance(stated, dict) else {}
+    return {key: found[key] for key, kinds in _SAMPLING.items() if type(found.get(key)) in kinds}
 
 
 def _rope(stated: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,14 @@ from typing import Any, Literal
 import torch
 
 from atlas.errors import ExportError
-from atlas.export.hf_format import CLASSES, config_out, import_safetensors, save_tensors, state_out
+from atlas.export.hf_format import (
+    CLASSES,
+    config_out,
+    import_safetensors,
+    sampling_in,
+    save_tensors,
+    state_out,
+)
 from atlas.export.vocabulary import check_tokenizer
 from atlas.files import encodable
 from atlas.model import AtlasLM
@@ -23,6 +30,7 @@ from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.foreign import ForeignTokenizer
 
 HFType = Literal["f32", "f16", "bf16"]
+_OWN_SAMPLING = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95}
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -48,7 +56,7 @@ def export_hf(
     folder = Path(folder)
     check_tokenizer(tokenizer, model.config)
     kind, ids, stops = _DTYPES[dtype], special_ids(tokenizer), sorted(tokenizer.stop_ids)
-    shown = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95}
+    shown = _sampling(facts or {})
     state = state_out(model.state_dict(), model.config)
     tensors = {tensor_name: tensor.to(kind) for tensor_name, tensor in state.items()}
     for tensor_name, tensor in tensors.items():
@@ -71,6 +79,13 @@ def export_hf(
         shutil.copymode(folder / "README.md", folder / "model.safetensors")
 
     return write_folder(folder, (*configs, "tokenizer.json", "README.md", "model.safetensors"), write)
+
+
+def _sampling(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sampling settings for generation_config.json: those of the imported model, or those of `atlas
+    generate`."""
+    stated = facts.get("data", {}).get("sampling")
+    return sampling_in(json.loads(stated)) if isinstance(stated, str) else _OWN_SAMPLING
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:

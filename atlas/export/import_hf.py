@@ -14,7 +14,7 @@ from torch import Tensor
 
 from atlas.errors import ExportError
 from atlas.export.architectures import build_from, import_of
-from atlas.export.hf_format import config_in, import_safetensors, state_in, window_of
+from atlas.export.hf_format import config_in, import_safetensors, sampling_in, state_in, window_of
 from atlas.files import check_regular, read_limited
 from atlas.model import AtlasLM
 from atlas.tokenizer import Tokenizer
@@ -37,6 +37,15 @@ def import_hf(folder: str | Path, *, tokenizer: str | None = None) -> tuple[Atla
         model = build_from(state_in(_read_tensors(folder), config), config)
     own = _read_tokenizer(folder, tokenizer, config.vocabulary)
     return model, with_chat_template(own, read_chat_template(folder))
+
+
+def read_sampling(folder: Path) -> dict[str, Any]:
+    """Return the sampling settings in the folder's generation_config.json; empty without this file."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return {}
+    with import_of(folder, ""):
+        return sampling_in(_read_json(file))
 
 
 def window_note(folder: Path, context: int) -> list[str]:

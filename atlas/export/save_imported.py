@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,12 @@ def save_imported(
     folder: str | Path,
     *,
     source: str,
+    sampling: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the checkpoint `atlas_best.pt` into `folder`. Return the path of the checkpoint. The checkpoint has no
-    optimizer state, so no run can resume from it. The checkpoint records `source` as the origin of the weights. Raises
-    `ExportError` if the checkpoint cannot be written."""
+    optimizer state, so no run can resume from it. The checkpoint records `source` as the origin of the weights, and
+    `sampling`, the settings of the model's generation_config.json, for exports. Raises `ExportError` if the checkpoint
+    cannot be written."""
     state = TrainState(horizon=1, micro_batch_size=1, eval_batch_size=1)
     contents: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -38,7 +42,7 @@ def save_imported(
         "epoch": 0,
         "config": AtlasConfig(model=model.config).model_dump(mode="json"),
         "tokenizer": tokenizer.state(),
-        "data": {"imported_from": source},
+        "data": {"imported_from": source, **({"sampling": json.dumps(sampling)} if sampling else {})},
         "initialized_from": source,
         "machine": {},
     }

@@ -168,8 +168,8 @@ def _keep_base(run: Run, start: Start) -> None:
 
 def _identity(start: Start) -> dict[str, Any]:
     """Return a description of the run's data. Every checkpoint of the run stores this description. `base` identifies
-    the checkpoint that the run fine-tunes, `context` is the base model's if it is longer, and `imported_from` is the
-    folder that its first weights came from."""
+    the checkpoint that the run fine-tunes, `context` is the base model's if it is longer, `imported_from` is the
+    folder that its first weights came from, and `sampling` has the settings with which that model generates text."""
     data, old = start.data, start.contents.get("data", {})
     base = {"finetune": base_key(start.contents), "resume": old.get("base")}.get(start.mode)
     identity: dict[str, Any] = {
@@ -182,9 +182,7 @@ def _identity(start: Start) -> dict[str, Any]:
         identity["base"] = base
     if (context := _longest_context(start)) is not None:
         identity["context"] = context
-    if imported_from := old.get("imported_from"):
-        identity["imported_from"] = imported_from
-    return identity
+    return identity | {key: old[key] for key in ("imported_from", "sampling") if old.get(key)}
 
 
 def _longest_context(start: Start) -> int | None:

@@ -194,3 +194,21 @@ def test_what_is_not_supported_is_named(
     file.write_text(json.dumps(stated | change), encoding="utf-8")
     assert main(["import", str(tmp_path / "hf"), "--output-dir", str(tmp_path / "in")]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_sampling_settings_go_through(tmp_path: Path, bpe: ByteLevelTokenizer) -> None:
+    saved("qwen2", bpe, tmp_path / "hf")
+    stated = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
+    strange = {"temperature": 0.7, "max_length": 7, "top_k": "many", "cache": {"a": 1}}
+    export = ["export", "--format", "hf", "--checkpoint"]
+    (tmp_path / "text.txt").write_text(corpus(), encoding="utf-8")
+    for number, (content, kept) in enumerate([(stated, stated), (strange, {"temperature": 0.7})]):
+        (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(content), encoding="utf-8")
+        folder = tmp_path / f"in{number}"
+        assert main(["import", str(tmp_path / "hf"), "--output-dir", str(folder)]) == 0
+        paths = ["--train-data", str(tmp_path / "text.txt"), "--output-dir", str(folder / "tuned")]
+        train = ["train", "--init-from", str(folder / "atlas_best.pt"), *paths, "--batch-size", "2"]
+        assert main([*train, "--max-steps", "1"]) == 0
+        assert main([*export, str(folder / "tuned/atlas_best.pt"), "--output", str(folder / "out")]) == 0
+        written = json.loads((folder / "out" / "generation_config.json").read_text(encoding="utf-8"))
+        assert {key: written[key] for key in (*stated, "max_length", "cache") if key in written} == kept

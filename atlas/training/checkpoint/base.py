@@ -26,7 +26,7 @@ from atlas.training.checkpoint.atomic_write import write_tensors
 from atlas.training.checkpoint.manifest import BASE_FILE, FORMAT_VERSION, SHARED_BASE_VERSION, FileEntry
 from atlas.training.checkpoint.validate import is_base, read_plain, refuse_missing_weights
 
-_KEPT_FACTS = ("chat_form", "context", "imported_from")
+_KEPT_FACTS = ("chat_form", "context", "imported_from", "sampling")
 
 
 def keep_base(folder: Path, contents: Mapping[str, Any], *, proven: FileEntry | None) -> FileEntry:
