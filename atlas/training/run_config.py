@@ -21,7 +21,7 @@ from atlas.training.schedule import NO_LIMIT, horizon_steps, length_of
 
 LENGTHS = {"max_steps", "epochs", "max_hours"}
 """The settings that limit the length of a run."""
-_CHAT_UPDATES, _CHAT_EPOCHS, _UPDATES_PER_EPOCH = 400, 3, 8
+_CHAT_UPDATES, _LORA_UPDATES, _CHAT_EPOCHS, _UPDATES_PER_EPOCH = 400, 800, 3, 8
 """Without a length of the user's, fine-tuning on conversations makes at least so many updates, and at least so many
 passes. A few conversations have so small an update that a pass has several of them."""
 _CHAT_RATE_STEPS, _CHAT_RATES = 0.8, (1e-3, 8e-3)
@@ -115,8 +115,8 @@ def _with_chat_length(config: AtlasConfig, explicit: Layer, windows: int) -> Atl
     if not {"batch_size", "gradient_accumulation_steps"} & asked.keys():
         config = config.replace("training", batch_size=per_update, gradient_accumulation_steps=1)
     if not LENGTHS & asked.keys():
-        updates = _CHAT_UPDATES * config.training.sequences_per_update
-        epochs = max(_CHAT_EPOCHS, math.ceil(updates / windows))
+        updates = _LORA_UPDATES if config.lora.rank else _CHAT_UPDATES
+        epochs = max(_CHAT_EPOCHS, math.ceil(updates * config.training.sequences_per_update / windows))
         config = config.replace("training", max_steps=None, max_hours=None, epochs=epochs)
     return config
 
