@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from atlas.inference.generate import generate
 from atlas.inference.sampling import Sampling
 from atlas.model import AtlasLM
+from atlas.progress import item_progress
 from atlas.tokenizer import Tokenizer
 
 _COMPARED, _ROWS = 64, 10  # tokens of an answer; conversations at once
@@ -41,7 +42,7 @@ def recall_answers(
     context = model.config.max_seq_len
     pairs = [(prompt, learnt[:_COMPARED]) for prompt, learnt in conversations if len(prompt) < context]
     answers: list[Answer] = []
-    for start in range(0, len(pairs), _ROWS):
+    for start in item_progress(range(0, len(pairs), _ROWS), "asking for learnt answers"):
         if should_stop():
             break
         some = pairs[start : start + _ROWS]
