@@ -40,7 +40,7 @@ ROOMS = {
     "training": "errors files machine process config tokenizer data data.sequences model training.devices "
     "training.optimizers training.logs training.memory training.checkpoint",
     "planning": "errors machine config model training.devices training.optimizers training.memory",
-    "inference": "errors config tokenizer model training.devices training.checkpoint",
+    "inference": "errors progress config tokenizer model training.devices training.checkpoint",
     "export": "errors files outputs progress config tokenizer data data.sequences model training training.checkpoint "
     "inference",
     "reporting": "errors files outputs version config tokenizer data",
