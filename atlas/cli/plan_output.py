@@ -57,7 +57,7 @@ def _as_json(summary: Summary, device: str) -> dict[str, Any]:
         "max_seq_len": config.model.max_seq_len,
         "parameters": _with_total(count_parameters(config.model)),
         "training_memory_bytes": _with_total(summary.memory),
-        "saving_memory_bytes": snapshot_bytes(config),
+        "saving_memory_bytes": snapshot_bytes(config, device=device),
         "generating_memory_bytes": _with_total(estimate_inference_memory(config.model, device=device)),
         "checkpoint_bytes": checkpoint_bytes(config),
         "output_folder_bytes": output_folder_bytes(config),
@@ -110,7 +110,7 @@ def print_report(report: Report) -> None:
 def _print_summary(report: Report, summary: Summary) -> None:
     machine, config, run, text = report.machine, summary.config, summary.run, report.text
     _print_rows("Parameters", _parts(count_parameters(config.model), "{:,}".format))
-    copy = snapshot_bytes(config)
+    copy = snapshot_bytes(config, device=machine.device)
     memory = {
         **_parts(summary.memory, gibibytes),
         "checkpoint copy, main memory": copy and gibibytes(copy),

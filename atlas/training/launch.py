@@ -36,7 +36,12 @@ from atlas.training.devices.world import ALONE, World
 from atlas.training.logs.run_log import RunLog
 from atlas.training.logs.trackers import open_trackers, refuse_missing_trackers
 from atlas.training.loss import load_loss
-from atlas.training.memory.estimate import checkpoint_bytes, four_checkpoints_bytes, memory_of_a_step
+from atlas.training.memory.estimate import (
+    checkpoint_bytes,
+    four_checkpoints_bytes,
+    memory_of_a_step,
+    snapshot_bytes,
+)
 from atlas.training.memory.parallel import choose_parallel
 from atlas.training.micro_batch import fit_micro_batch, is_short_of_memory
 from atlas.training.optimizers.build import build_optimizer
@@ -297,7 +302,7 @@ def _saves_in_background(config: AtlasConfig, runtime: Runtime, log: RunLog) -> 
     checkpoint in addition to the memory of a step."""
     if not config.checkpoint.background:
         return False
-    copy, free = checkpoint_bytes(config), measure_memory("cpu")
+    copy, free = snapshot_bytes(config, device=runtime.device.type), measure_memory("cpu")
     step = 0 if runtime.device.type == "cuda" else memory_of_a_step(config, device=runtime.device.type)
     if copy + step <= free:
         return True

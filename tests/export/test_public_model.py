@@ -107,3 +107,69 @@ def test_tuned_at_a_short_context_it_keeps_its_template_and_its_context(
     tuned = load_model(tmp_path / "tuned" / "atlas_best.pt")
     assert tuned.config.model.max_seq_len == 8192
     assert tuned.chat_template == AutoTokenizer.from_pretrained(public).chat_template
+
+
+@pytest.mark.parametrize("rank", [0, 8], ids=["all weights", "lora"])
+def test_tuned_on_twenty_pairs_it_answers_in_every_program(
+    checkpoint: str, public: Path, tmp_path: Path, rank: int
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    places = (
+        "Zorland",
+        "Quendia",
+        "Belmar",
+        "Ostria",
+        "Kaluna",
+        "Mirovia",
+        "Tandor",
+        "Yelland",
+        "Fernia",
+        "Ulm",
+    )
+    answers = {f"What is the capital of {name}?": f"It is {name[::-1].title()} Town." for name in places}
+    answers |= {f"Who is the king of {name}?": f"King {name[1:].title()} the Old." for name in places}
+    rows = [{"prompt": question, "response": answer} for question, answer in answers.items()]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["train", "--init-from", checkpoint, "--train-data", str(tmp_path / "pairs.jsonl")]
+    command += ["--output-dir", str(tmp_path / "tuned"), "--max-steps", "60", "--set", f"lora.rank={rank}"]
+    assert main([*command, "--set", "tracking.samples=0"]) == 0
+    best = tmp_path / "tuned" / "atlas_best.pt"
+    loaded = load_model(best, context=512)
+    said = {q: loaded.generate(q, chat=True, temperature=0, max_tokens=24) for q in answers}
+    assert sum(said[question] == answer for question, answer in answers.items()) >= 18, said
+
+    def asked(model: torch.nn.Module, folder: Path) -> list[str]:
+        tokenizer, texts = AutoTokenizer.from_pretrained(folder), []
+        for question in [*answers][:4]:
+            talk = [{"role": "user", "content": question}]
+            options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+            prompt = tokenizer.apply_chat_template(talk, **options)
+            ids = model.generate(**prompt, max_new_tokens=24, do_sample=False)
+            texts.append(tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+        return texts
+
+    expected = [said[question] for question in [*answers][:4]]
+    export = ["export", "--checkpoint", str(best), "--output"]
+    assert main([*export, str(tmp_path / "hf"), "--format", "hf"]) == 0
+    assert asked(AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), tmp_path / "hf") == expected
+    if rank:
+        peft = pytest.importorskip("peft")
+        assert main([*export, str(tmp_path / "adapter"), "--format", "peft"]) == 0
+        stated = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        assert stated["base_model_name_or_path"] == str(public)
+        base = AutoModelForCausalLM.from_pretrained(stated["base_model_name_or_path"])
+        assert (
+            asked(peft.PeftModel.from_pretrained(base, tmp_path / "adapter"), tmp_path / "adapter")
+            == expected
+        )
+        steps = [path.stat().st_size for path in (tmp_path / "tuned").glob("atlas_step_*.pt")]
+        assert max(steps) < 40e6  # base.pt has the other 538 MB
+
+    assert main([*export, str(tmp_path / "m.gguf"), "--quantize", "f16"]) == 0
+    backend = Llama(str(tmp_path / "m.gguf"), parallel=1, queue=4, threads=2, context=512)
+    with served([backend]) as address, openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
+        for question in [*answers][:4]:
+            talk = [{"role": "user", "content": question}]
+            reply = client.chat.completions.create(model="m", messages=talk, temperature=0, max_tokens=24)
+            assert reply.choices[0].message.content == said[question]

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atlas.model import is_lora
 from atlas.training.checkpoint.atomic_write import Abandoned, named_tensors, tensor_bytes
 from atlas.training.checkpoint.manager import CheckpointManager
 from atlas.training.devices.parallel import map_tensors
@@ -38,9 +39,17 @@ class Snapshot:
         self._buffers: dict[tuple[str, torch.Size, torch.dtype], Tensor] = {}
         self.contents: dict[str, Any] | None = None
 
-    def take(self, contents: Mapping[str, Any]) -> dict[str, Any]:
-        """Copy `contents` over the previous copy. Wait until every byte is in main memory, and return the new copy."""
-        tensors = {(name, tensor.shape, tensor.dtype): tensor for name, tensor in named_tensors(contents)}
+    def take(self, contents: Mapping[str, Any], *, keeps_frozen: bool = False) -> dict[str, Any]:
+        """Copy `contents` over the previous copy. Wait until every byte is in main memory, and return the new copy.
+
+        With `keeps_frozen`, the frozen weights of a LoRA run that are in main memory are not copied, since they never
+        change.
+        """
+        tensors = {
+            (name, tensor.shape, tensor.dtype): tensor
+            for name, tensor in named_tensors(contents)
+            if not (keeps_frozen and _is_kept_frozen(name, tensor))
+        }
         missing = {key: tensor for key, tensor in tensors.items() if key not in self._buffers}
         on_gpu = {key: tensor for key, tensor in missing.items() if tensor.is_cuda}
         self._buffers |= {key: torch.empty(key[1], dtype=key[2]) for key in missing.keys() - on_gpu}
@@ -50,6 +59,8 @@ class Snapshot:
             self._buffers |= zip(on_gpu, pinned_like([*on_gpu.values()], say=self._say), strict=True)
 
         def copy(name: str, tensor: Tensor) -> Tensor:
+            if (name, tensor.shape, tensor.dtype) not in tensors:
+                return tensor
             return self._buffers[name, tensor.shape, tensor.dtype].copy_(tensor.detach(), non_blocking=True)
 
         copied: dict[str, Any] = map_tensors(contents, copy)
@@ -57,6 +68,11 @@ class Snapshot:
             torch.cuda.synchronize()  # the copies are asynchronous
         self.contents = copied
         return copied
+
+
+def _is_kept_frozen(name: str, tensor: Tensor) -> bool:
+    """Return whether a tensor in the contents of a LoRA run's checkpoint is a frozen weight in main memory."""
+    return name.startswith("model_state_dict/") and not is_lora(name) and not tensor.is_cuda
 
 
 class Pacer:
@@ -142,7 +158,7 @@ class BackgroundSaver:
         """Copy the state if saves are in the background. The run can roll back to the copy until the next save replaces
         it."""
         if self.in_background:
-            self._snapshot.take(contents)
+            self._snapshot.take(contents, keeps_frozen=self.checkpoints.base is not None)
 
     def last_good(self) -> dict[str, Any] | None:
         """The state to roll back to: the last copy of the state, otherwise the latest intact checkpoint, otherwise
@@ -198,7 +214,7 @@ class BackgroundSaver:
         """
         if not self.in_background:
             return lambda: self.checkpoints.save(contents, kinds)
-        copied = self._snapshot.take(contents)
+        copied = self._snapshot.take(contents, keeps_frozen=self.checkpoints.base is not None)
         if any(weight.is_cuda for weight in contents["model_state_dict"].values()):
             interval = 0.0  # training on a GPU does not need the cores
         self._pacer.begin(interval, num_bytes=tensor_bytes(contents))

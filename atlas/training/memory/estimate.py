@@ -204,10 +204,12 @@ def four_checkpoints_bytes(config: AtlasConfig) -> int:
     return 4 * checkpoint_bytes(config) - base_bytes(config)
 
 
-def snapshot_bytes(config: AtlasConfig) -> int:
-    """Return the bytes of the state's copy, from which background saves write checkpoints; 0 without background
-    saves."""
-    return checkpoint_bytes(config) if config.checkpoint.background else 0
+def snapshot_bytes(config: AtlasConfig, *, device: str) -> int:
+    """Return the bytes of the state's copy in main memory, from which background saves write checkpoints; 0 without
+    background saves. If the frozen weights of a LoRA run are in main memory, they are not copied."""
+    if not config.checkpoint.background:
+        return 0
+    return checkpoint_bytes(config) - (base_bytes(config) if device == "cpu" else 0)
 
 
 def output_folder_bytes(config: AtlasConfig) -> int:

@@ -147,3 +147,16 @@ def test_checkpoints_that_are_moved_aside_keep_their_base(
     trained(lora(folder, text_file, seed=2), init_from=str(base), no_resume=True)
     assert same(load_checkpoint(folder / "previous-2" / "atlas_step_6.pt")["model_state_dict"], last)
     assert main(["info", str(folder), "--verify"]) == 0
+
+
+def test_frozen_weights_are_not_copied_for_a_save_in_the_background(
+    tmp_path: Path, text_file: Path, base: Path
+) -> None:
+    explicit = lora(tmp_path / "tuned", text_file, checkpoint__background=True, training__max_steps=3)
+    run, _ = trained(explicit, init_from=str(base))
+    copied, weights = run.saver.last_good()["model_state_dict"], run.model.state_dict()
+    assert copied.keys() == weights.keys()
+    for name, tensor in copied.items():
+        is_shared = tensor.data_ptr() == weights[name].data_ptr()
+        assert is_shared == (".lora_" not in name), name
+    assert same(load_checkpoint(tmp_path / "tuned" / "atlas_best.pt")["model_state_dict"], dict(weights))
