@@ -55,6 +55,7 @@ def import_model(
     from atlas.export.import_gguf import import_gguf
     from atlas.export.import_hf import import_hf, read_sampling, window_note
     from atlas.export.save_imported import save_imported
+    from atlas.tokenizer.chat_template import template_fault
 
     path, notes, sampling = Path(source), list[str](), dict[str, Any]()
     if not path.exists():
@@ -85,6 +86,8 @@ def import_model(
         notes, sampling = window_note(path, model.config.max_seq_len), read_sampling(path)
     written = save_imported(model, own, output, source=source, sampling=sampling)
     shape = model.config
+    if own.chat_template and (fault := template_fault(own.chat_template)):
+        notes.append(f"warning: its chat template is not Jinja, so the model cannot chat: {fault}")
     say(
         *notes,
         f"{shape.gguf_architecture}: {model.num_parameters():,} parameters, context {shape.max_seq_len:,}, "

@@ -45,6 +45,8 @@ def checkpoint_facts(path: Path, *, verify: bool) -> Iterator[tuple[str, Any]]:
         state = "size as saved; --verify compares every byte"
     elif shards:
         state = f"no {sidecar.name} beside the checkpoint, so Atlas cannot check the bytes"
+    elif is_base(path):
+        state = "the frozen weights of a LoRA run; --verify compares the checksums inside the file"
     else:
         state = f"no {sidecar.name} beside the checkpoint; --verify compares the checksums inside the file"
     contents = read_contents(
@@ -68,6 +70,10 @@ def checkpoint_facts(path: Path, *, verify: bool) -> Iterator[tuple[str, Any]]:
     best = contents.get("best_loss")
     yield "best loss", _rounded(best) if math.isfinite(best or 0) else None
     yield from model_facts(config.model)
+    if lora := config.lora.rank:
+        base = is_described.base if is_described else None
+        where = f"; the frozen weights are in {base.name}" if base else ""
+        yield "LoRA", f"rank {lora}, on {', '.join(config.lora.targets)}{where}"
     yield "tokenizer", f"{tokenizer.get('name')}, {config.model.vocab_size:,} tokens"
     yield "trained on", contents["data"].get("train_data")
     yield "started from", contents.get("initialized_from")

@@ -182,7 +182,7 @@ def _report_answers(run: Run) -> None:
     with torch.compiler.set_stance("force_eager" if run.runtime.compiles else "default"):
         answers = recall_answers(run.model, run.data.tokenizer, data.stream.some_answers(_ASKED))
     if answers:
-        for line in describe_recall(answers):
+        for line in describe_recall(answers, total=len(data.stream.ends)):
             run.log.say(line)
 
 

@@ -87,8 +87,8 @@ class TrainingConfig(Section):
     memory is too small. On a GPU with ample memory, auto may use all sequences of an update. auto never exceeds a
     batch_size that you set yourself (in your own config file, with --set or as a flag)."""
     max_steps: Int | None = Field(None, ge=1)
-    """Updates to train for. If epochs is set too, the smaller limit counts; if neither is set, training runs for one
-    epoch."""
+    """Updates to train for. If epochs is set too, the smaller limit counts. If neither is set, training runs for one
+    epoch, but fine-tuning on conversations for 400 updates (800 with LoRA) or three epochs, whichever is more."""
     epochs: Int | None = Field(None, ge=1)
     """Passes over the training data."""
     max_hours: Float | None = Field(None, gt=0)

@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as TensorType
+from pydantic import ValidationError
 from torch import Tensor
 
 from atlas.config import ModelConfig
@@ -29,6 +30,7 @@ from atlas.export.architectures import (
     build_from,
     for_llama_cpp,
     from_llama_cpp,
+    import_of,
     tensor_names,
 )
 from atlas.export.gguf_header import check_header
@@ -170,6 +172,10 @@ def read_gguf(path: str | Path) -> tuple[AtlasLM, dict[str, Any]]:
     Raises `ExportError` if the file is incomplete, or has a model that Atlas does not know.
     """
     with open_gguf(path) as reader:
+        if reader.byte_order == "S":  # `gguf.dequantize` would take the bytes in the wrong order
+            raise ExportError(
+                f"{path}: has the byte order of another machine; convert it with gguf-convert-endian"
+            )
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         if (found := metadata["general.architecture"]) not in TENSOR_NAMES:
             raise ExportError(f"{path}: has the architecture {found}; Atlas reads {', '.join(TENSOR_NAMES)}")
@@ -177,9 +183,11 @@ def read_gguf(path: str | Path) -> tuple[AtlasLM, dict[str, Any]]:
             tensor.name: torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type)))
             for tensor in reader.tensors
         }
-        config = _config_in_file(metadata, tied="output.weight" not in tensors)
-        if (factors := tensors.pop(ROPE_FACTORS, None)) is not None:
-            config = config.model_copy(update={"rope_scaling": _scaling_with(factors, config, metadata)})
+        with import_of(Path(path), "its metadata do not fit its weights"):
+            config = _config_in_file(metadata, tied="output.weight" not in tensors)
+            if (factors := tensors.pop(ROPE_FACTORS, None)) is not None:
+                scaling = _scaling_with(factors, config, metadata)
+                config = config.model_copy(update={"rope_scaling": scaling})
         state = {ours: tensors.pop(theirs) for ours, theirs in tensor_names(config).items()}
         if tensors:
             raise ValueError(
@@ -214,28 +222,55 @@ def open_gguf(path: str | Path) -> Iterator[gguf.GGUFReader]:
 def _config_in_file(metadata: dict[str, Any], *, tied: bool) -> ModelConfig:
     architecture = metadata["general.architecture"]
     stated = {key.removeprefix(f"{architecture}."): value for key, value in metadata.items()}
-    if stated.get("expert_count") or stated.get("rope.scaling.type", "none") != "none":
-        unknown = "experts" if stated.get("expert_count") else f"RoPE scaled by {stated['rope.scaling.type']}"
-        raise ValueError(f"it is a model with {unknown}, which Atlas does not compute")
-    shape = {
-        field: stated[key]
-        for field, key in _SHAPE[architecture].items()
-        if key in stated or key not in _OPTIONAL
+    if unknown := _not_computed(stated):
+        raise ExportError(f"is a model with {unknown}, which Atlas does not compute")
+    keys = {
+        field: key for field, key in _SHAPE[architecture].items() if key in stated or key not in _OPTIONAL
     }
+    if missing := [key for key in keys.values() if key not in stated]:
+        raise ExportError(f"has no {architecture}.{missing[0]}")
+    if "tokenizer.ggml.tokens" not in metadata:
+        raise ExportError("has no tokenizer.ggml.tokens, so the number of its tokens is not known")
+    shape = {field: stated[key] for field, key in keys.items()}
     family = {} if architecture == "gpt2" else ROTATED | SWITCHES[architecture]
     vocab_size = len(metadata["tokenizer.ggml.tokens"])
-    return ModelConfig(**shape, **family, vocab_size=vocab_size, tie_embeddings=tied)
+    try:
+        config = ModelConfig(**shape, **family, vocab_size=vocab_size, tie_embeddings=tied)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        field = str(wrong["loc"][0]) if wrong["loc"] else ""
+        value = f"{architecture}.{keys[field]} {shape[field]!s:.60}: " if field in keys else ""
+        raise ExportError(f"{value}{wrong['msg'].removeprefix('Value error, ')}") from None
+    if architecture != "gpt2" and stated.get("rope.dimension_count", config.head_size) != config.head_size:
+        raise ExportError("is a model with RoPE in a part of a head, which Atlas does not compute")
+    return config
+
+
+def _not_computed(stated: dict[str, Any]) -> str | None:
+    """Return a feature of the model in a file that Atlas does not compute, or None."""
+    if stated.get("expert_count"):
+        return "experts"
+    if stated.get("attention.causal") is False:
+        return "attention to later tokens"
+    scales = [stated.get(key, 1.0) for key in ("rope.scaling.factor", "rope.scale_linear")]
+    kind = stated.get("rope.scaling.type", "linear")  # as in llama.cpp
+    if kind not in ("none", "linear") or (kind == "linear" and any(scale != 1.0 for scale in scales)):
+        return f"RoPE scaled by the type {kind!s:.40}"
+    return None
 
 
 def _scaling_with(factors: Tensor, config: ModelConfig, metadata: dict[str, Any]) -> RopeScaling:
     """Return the settings with which RoPE's wavelengths are stretched by `factors`. llama.cpp's files have no key for
     these settings, so they are those that Atlas wrote, or those of a model of Llama."""
     stated = metadata.get(_SCALING)
-    known = [RopeScaling.model_validate_json(stated)] if stated else _LLAMAS
+    try:
+        known = [RopeScaling.model_validate_json(stated)] if stated else _LLAMAS
+    except ValidationError:
+        raise ExportError(f"{_SCALING} {stated!s:.60}: is not what Atlas writes") from None
     for scaling in known:
         if torch.allclose(factors, stretching(config.head_size, config.rope_theta, scaling), rtol=1e-5):
             return scaling
-    raise ValueError(f"{ROPE_FACTORS} stretches RoPE in a way that Atlas does not know")
+    raise ExportError(f"{ROPE_FACTORS} stretches RoPE in a way that Atlas does not know")
 
 
 def _check_range(name: str, tensor: Tensor, type: TensorType) -> None:

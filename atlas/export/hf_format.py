@@ -124,12 +124,13 @@ _SCALING = {
 """A field of `RopeScaling` → the key in config.json."""
 _DEFAULT_WINDOWS = {"mistral": 4096}
 """Model type → the default of `transformers` for `sliding_window`."""
-_SAMPLING = {
-    "do_sample": (bool,),
-    **dict.fromkeys(("temperature", "top_p", "min_p", "typical_p", "repetition_penalty"), (int, float)),
-    "top_k": (int,),
+_SAMPLING: dict[str, tuple[tuple[type, ...], float, float]] = {
+    "do_sample": ((bool,), 0, 1),
+    **dict.fromkeys(("temperature", "repetition_penalty"), ((int, float), 0, 1000)),
+    **dict.fromkeys(("top_p", "min_p", "typical_p"), ((int, float), 0, 1)),
+    "top_k": ((int,), 0, 10**9),
 }
-"""A sampling setting in generation_config.json → the types of its values."""
+"""A sampling setting in generation_config.json → the types of its values, the lowest and the highest value."""
 _NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """Suffixes of tensors that older versions of `transformers` saved besides the weights: masks and RoPE's frequencies."""
 
@@ -252,7 +253,14 @@ def config_out(config: ModelConfig, *, dtype: str) -> dict[str, Any]:
 def config_in(stated: Mapping[str, Any]) -> ModelConfig:
     """Convert the content of a config.json to a `ModelConfig`. Missing keys get the defaults of `transformers`. Raises
     `ExportError` for values that Atlas does not support."""
-    family = stated.get("model_type")
+    try:
+        return _config_in(stated)
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise ExportError(f"config.json: holds a value of a wrong kind: {error!s:.200}") from None
+
+
+def _config_in(stated: Mapping[str, Any]) -> ModelConfig:
+    family = str(stated.get("model_type"))
     if family not in _SIZES:
         raise ExportError(f"config.json: model_type {family!s:.60}: Atlas imports {', '.join(_SIZES)}")
     for key, values in _COMPUTED[family].items():
@@ -282,15 +290,22 @@ def window_of(stated: Mapping[str, Any]) -> int | None:
 
 
 def sampling_in(stated: Any) -> dict[str, Any]:
-    """Return the sampling settings in the content of a generation_config.json. Other values are left out."""
+    """Return the sampling settings in the content of a generation_config.json. Values that mean nothing are left
+    out."""
     found = stated if isinstance(stated, dict) else {}
-    return {key: found[key] for key, kinds in _SAMPLING.items() if type(found.get(key)) in kinds}
+    return {
+        key: found[key]
+        for key, (kinds, least, most) in _SAMPLING.items()
+        if type(found.get(key)) in kinds and least <= found[key] <= most
+    }
 
 
 def _rope(stated: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of RoPE. They are in `rope_parameters` since `transformers` 5, and in `rope_theta` and
     `rope_scaling` before. The default of `rope_theta` is 10,000."""
-    parameters = stated.get("rope_parameters") or stated.get("rope_scaling") or {}
+    parameters = {**(stated.get("rope_scaling") or {}), **(stated.get("rope_parameters") or {})}
+    if (part := parameters.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ExportError(f"config.json: partial_rotary_factor {part!s:.60}: Atlas rotates whole heads")
     theta = parameters.get("rope_theta", stated.get("rope_theta", 10_000.0))
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "default":
@@ -304,11 +319,15 @@ def _rope(stated: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _nope_interval(stated: Mapping[str, Any], num_layers: int) -> int:
-    """Return the interval of the blocks without RoPE. Raises `ExportError` if they are not at an interval."""
-    interval = stated.get("no_rope_layer_interval", 4)
-    rotates = [int((layer + 1) % interval != 0) for layer in range(num_layers)] if interval else []
-    if not interval or (stated.get("no_rope_layers") or rotates) != rotates:
+    """Return the interval of the blocks without RoPE. Raises `ExportError` unless it is 4, as llama.cpp has it."""
+    if (interval := stated.get("no_rope_layer_interval", 4)) != 4:
         raise ExportError(
-            "config.json: no_rope_layers: Atlas supports only every no_rope_layer_interval-th block without RoPE"
+            f"config.json: no_rope_layer_interval {interval!s:.60}: Atlas imports only models with 4"
         )
-    return int(interval)
+    listed = stated.get("no_rope_layers") or []
+    expected = [int((layer + 1) % 4 != 0) for layer in range(min(num_layers, len(listed)))]
+    if listed and (len(listed) != num_layers or listed != expected):
+        raise ExportError(
+            "config.json: no_rope_layers: Atlas imports only models with RoPE in all but each fourth"
+        )
+    return 4

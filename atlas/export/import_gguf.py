@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import struct
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ _GPT4 = (
 _EXPRESSIONS = {"llama-bpe": _GPT4.format(digits="{1,3}"), "qwen2": _GPT4.format(digits="")}
 _SAME_AS = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "default": "gpt-2", "deepseek-r1-qwen": "qwen2"}
 _EACH_DIGIT = ("smollm",)  # GPT-2's split, after each digit has become a word
+_LONGEST_TOKEN = 512  # characters; SentencePiece's have at most 16, or a few dozen
 _NAMED = ("bos", "eos", "unknown", "padding")
 
 
@@ -61,27 +63,26 @@ def import_gguf(path: str | Path, *, tokenizer: str | None = None) -> tuple[Atla
 
 def _build(metadata: dict[str, Any], path: str | Path) -> Tokenizer:
     """Return the tokenizer that a file describes."""
-    kind, tokens = metadata.get(f"{_KEY}model"), metadata[f"{_KEY}tokens"]
+    kind = metadata.get(f"{_KEY}model")
     try:
         if kind == "gpt2":
             hf = _byte_level(metadata)
         elif kind == "llama":
             hf = _sentencepiece(metadata)
         else:
-            raise ExportError(f"its tokenizer is of the kind {kind!s:.40}")
-    except (ExportError, KeyError, ValueError) as error:
+            raise ExportError(f"its tokenizer is of the kind {kind!s:.40}, which Atlas cannot build")
+        _add_special_tokens(hf, metadata)
+        files = _files(metadata)
+    except Exception as error:  # the library may raise anything for strange values
+        reason = (
+            str(error) if isinstance(error, ExportError) else f"its tokenizer is damaged ({error!s:.100})"
+        )
         raise ExportError(
-            f"{path}: {error!s:.200}, which Atlas cannot build: give the model's tokenizer.json with --tokenizer"
+            f"{path}: {reason:.200}: give the model's tokenizer.json with --tokenizer"
         ) from None
-    kinds = metadata.get(f"{_KEY}token_type", [])
-    added = [(token, type) for token, type in zip(tokens, kinds, strict=False) if type in _ADDED]
-    for is_control, some in itertools.groupby(added, key=lambda pair: pair[1] == TokenType.CONTROL):
-        # The vocabulary has these tokens already, so they keep their ids.
-        entries = [AddedToken(token, special=is_control, normalized=False) for token, _ in some]
-        (hf.add_special_tokens if is_control else hf.add_tokens)(entries)
     with tempfile.TemporaryDirectory() as folder:
         hf.save(str(Path(folder, "tokenizer.json")))
-        for name, content in _files(metadata).items():
+        for name, content in files.items():
             Path(folder, name).write_text(json.dumps(content), encoding="utf-8")
         try:
             return Tokenizer.load(folder)
@@ -90,7 +91,14 @@ def _build(metadata: dict[str, Any], path: str | Path) -> Tokenizer:
             raise ExportError(f"{path}: {reason}; give the model's tokenizer.json with --tokenizer") from None
 
 
-_ADDED = (TokenType.CONTROL, TokenType.USER_DEFINED)
+def _add_special_tokens(hf: HFTokenizer, metadata: dict[str, Any]) -> None:
+    """Add the tokens that are found in a text as a whole. The vocabulary has them already, so they keep their ids."""
+    kinds = metadata.get(f"{_KEY}token_type", [])
+    pairs = zip(metadata[f"{_KEY}tokens"], kinds, strict=False)
+    added = [(token, type) for token, type in pairs if type in (TokenType.CONTROL, TokenType.USER_DEFINED)]
+    for is_control, some in itertools.groupby(added, key=lambda pair: pair[1] == TokenType.CONTROL):
+        entries = [AddedToken(token, special=is_control, normalized=False) for token, _ in some]
+        (hf.add_special_tokens if is_control else hf.add_tokens)(entries)
 
 
 def _files(metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -98,7 +106,7 @@ def _files(metadata: dict[str, Any]) -> dict[str, dict[str, Any]]:
     tokens = metadata[f"{_KEY}tokens"]
     ids = {name: metadata.get(f"{_KEY}{name}_token_id") for name in (*_NAMED, "eot", "eom")}
     bos, eos, unknown, padding = (
-        tokens[id] if isinstance(id := ids[name], int) and id < len(tokens) else None for name in _NAMED
+        tokens[id] if isinstance(id := ids[name], int) and 0 <= id < len(tokens) else None for name in _NAMED
     )
     ends = [id for id in (ids["eos"], ids["eot"], ids["eom"]) if id is not None]
     adds_bos = metadata.get(f"{_KEY}add_bos_token", metadata[f"{_KEY}model"] == "llama")
@@ -119,7 +127,9 @@ def _byte_level(metadata: dict[str, Any]) -> HFTokenizer:
         words, split = [pre_tokenizers.Digits(individual_digits=True)], "gpt-2"
     expression = {**SPLITS, **_EXPRESSIONS}[split] if split in {*SPLITS, *_EXPRESSIONS} else ""
     if expression == "":
-        raise ExportError(f"its tokenizer splits a text by the rule {stated!s:.40}")
+        raise ExportError(
+            f"its tokenizer splits a text by the rule {stated!s:.40}, which Atlas does not know"
+        )
     if expression is not None:
         words.append(pre_tokenizers.Split(Regex(expression), "isolated"))
     words.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=expression is None))
@@ -159,7 +169,7 @@ def _ids(metadata: dict[str, Any]) -> dict[str, int]:
 def _merges(tokens: Sequence[str], scores: Sequence[float], ids: dict[str, int]) -> Iterator[tuple[str, str]]:
     """Yield every pair of tokens that together are a token, in the order in which SentencePiece joins pairs."""
     for id in sorted(range(len(tokens)), key=lambda id: (-scores[id], id)):
-        token = tokens[id]
+        token = tokens[id][:_LONGEST_TOKEN]
         pairs = ((token[:place], token[place:]) for place in range(1, len(token)))
         known = [pair for pair in pairs if pair[0] in ids and pair[1] in ids]
         yield from sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
@@ -174,9 +184,16 @@ def _compare(tokenizer: Tokenizer, metadata: dict[str, Any], path: str | Path) -
         ]
     texts = [*TEXTS, *MORE_TEXTS]
     vocabulary = {key: value for key, value in metadata.items() if key.startswith(_KEY)}
-    theirs, ours = ids_in_llama_cpp(vocabulary, texts), tokenizer.encode_batch(texts)
+    ours = tokenizer.encode_batch(texts)
+    try:
+        theirs = ids_in_llama_cpp(vocabulary, texts)
+    except (struct.error, ValueError, TypeError, LookupError):  # values that no file should have
+        theirs = None
     if theirs is None:
-        return ["llama.cpp cannot read the vocabulary in this file, so it did not check the token ids"]
+        raise ExportError(
+            f"{path}: llama.cpp cannot use the vocabulary in this file: give the model's tokenizer.json with "
+            "--tokenizer"
+        )
     for text, expected, found in zip(texts, theirs, ours, strict=True):
         if expected != found:
             raise ExportError(

@@ -132,7 +132,9 @@ def _answer(request: dict[str, Any]) -> None:
         post("/tokenize", {"content": text, "add_special": False, "parse_special": False})["tokens"]
         for text in request["texts"]
     ]
-    [letter] = post("/tokenize", {"content": "a", "add_special": False})["tokens"]
+    letter = post("/tokenize", {"content": "a", "add_special": False})["tokens"][
+        -1
+    ]  # after a blank, in some models
     continuations = [
         _continue(post, prompt, length, letter)
         for prompt, length in zip(request["prompts"], request["lengths"], strict=True)

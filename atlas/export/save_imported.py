@@ -17,6 +17,7 @@ from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint.lock import FolderLock
 from atlas.training.checkpoint.manager import CheckpointManager
 from atlas.training.checkpoint.manifest import FORMAT_VERSION
+from atlas.training.checkpoint.validate import are_finite
 from atlas.training.state import TrainState
 
 
@@ -32,6 +33,8 @@ def save_imported(
     optimizer state, so no run can resume from it. The checkpoint records `source` as the origin of the weights, and
     `sampling`, the settings of the model's generation_config.json, for exports. Raises `ExportError` if the checkpoint
     cannot be written."""
+    if not are_finite(model.state_dict().values()):
+        raise ExportError(f"{source}: holds weights that are not finite; download or convert the model again")
     state = TrainState(horizon=1, micro_batch_size=1, eval_batch_size=1)
     contents: dict[str, Any] = {
         "format_version": FORMAT_VERSION,

@@ -69,11 +69,15 @@ def _greedy(model: AtlasLM, pairs: Sequence[tuple[list[int], list[int]]]) -> lis
     return [tokens[: len(learnt)] for tokens, (_, learnt) in zip(said, pairs, strict=True)]
 
 
-def describe_recall(answers: Sequence[Answer]) -> list[str]:
-    """Return lines for the user: how many answers are the learnt ones, and some of the answers."""
+def describe_recall(answers: Sequence[Answer], *, total: int) -> list[str]:
+    """Return lines for the user: how many answers are the learnt ones, and some of the answers. `total` is the number
+    of conversations that the model was trained on."""
     wrong = [answer for answer in answers if not answer.is_same]
     right = [answer for answer in answers if answer.is_same]
-    lines = [f"greedy decoding gives {len(right)} of {len(answers)} learnt answers word for word, such as:"]
+    some = "" if len(answers) == total else f" (of {total:,} conversations, {len(answers)} were asked)"
+    lines = [
+        f"greedy decoding gives {len(right)} of {len(answers)} learnt answers word for word{some}, such as:"
+    ]
     for answer in [*wrong[:1], *right, *wrong[1:]][:_SHOWN]:
         end = "" if answer.is_same else f"  (learnt: {_shortened(answer.learnt)})"
         lines.append(f"  {_last(answer.prompt)} → {_shortened(answer.said)}{end}")

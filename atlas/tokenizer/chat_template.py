@@ -98,6 +98,15 @@ def _compiled(template: str) -> jinja2.Template:
     return environment.from_string(template)
 
 
+def template_fault(template: str) -> str | None:
+    """Return why a chat template is not Jinja, or None if it is."""
+    try:
+        _compiled(template)
+    except (jinja2.TemplateError, RecursionError) as error:
+        return f"{error!s:.200}"
+    return None
+
+
 def _render(tokenizer: Tokenizer, messages: Sequence[Message], date: datetime, *, for_answer: bool) -> str:
     """Return the text of a conversation on a date, with `_BREAK` in each text of a message that looks like a special
     token. `for_answer` adds the beginning of an answer."""

@@ -21,11 +21,11 @@ from atlas.model import AtlasLM, add_lora, build_model
 from atlas.model.cost import count_parameters
 from atlas.tokenizer.chat import CHAT_FORMAT, CHAT_TEMPLATE
 from atlas.training.checkpoint.async_saver import BackgroundSaver
-from atlas.training.checkpoint.base import keep_base
+from atlas.training.checkpoint.base import find_base, refuse_other_base, write_base
 from atlas.training.checkpoint.load import context_of, left_in_shards, load_weights
 from atlas.training.checkpoint.lock import undone_after_error
 from atlas.training.checkpoint.manager import SPARE_BYTES, CheckpointManager
-from atlas.training.checkpoint.manifest import read_manifest
+from atlas.training.checkpoint.manifest import BASE_FILE, read_manifest
 from atlas.training.checkpoint.moves import move_aside
 from atlas.training.checkpoint.validate import check_optimizer_state
 from atlas.training.devices.compile import choose_compile, compile_blocks
@@ -81,6 +81,8 @@ def _start_run(start: Start, world: World, sampler: Sampler | None, may_exceed_b
         refuse_missing_trackers(config.tracking)
         _refuse_retention(config)
         _refuse_too_large(config)
+        if config.lora.rank and config.checkpoint.format != "sharded":
+            refuse_other_base(start.folder)
         share_of_update(config.training.sequences_per_update, world.size)
         runtime = setup_runtime(config, world)
         parallel = choose_parallel(config, world, runtime.device)
@@ -167,8 +169,13 @@ def _keep_base(run: Run, start: Start) -> None:
         proven = manifest.base if manifest else None
     contents = run.contents()
     with run.world.in_step():
-        if run.world.is_first:
-            run.checkpoints.base = keep_base(start.folder, contents, proven=proven)
+        if not run.world.is_first:
+            return
+        base = find_base(start.folder, contents, proven=proven)
+        if base is None and (start.folder / BASE_FILE).exists():  # another run's, or damaged
+            moved_to = move_aside(start.folder, [start.folder / BASE_FILE])
+            run.log.say(f"{BASE_FILE} has other weights than this run's base, and moved to {moved_to}")
+        run.checkpoints.base = base or write_base(start.folder, contents)
 
 
 def _identity(start: Start) -> dict[str, Any]:

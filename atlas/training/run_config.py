@@ -97,14 +97,21 @@ def _for_conversations(
             config = _unless_set(config, explicit, "model", max_seq_len=context)
         windows = data.train.num_windows(config.model.max_seq_len)
         config = _with_chat_length(config, explicit, windows)
-    updates = horizon_steps(config.training, windows or NO_LIMIT)
-    return _unless_set(
-        config,
-        explicit,
-        "training",
-        learning_rate=chat_learning_rate(config, updates),
-        warmup_steps=min(config.training.warmup_steps, _CHAT_WARMUP_STEPS),
-    )
+    rate = chat_learning_rate(config, horizon_steps(config.training, windows or NO_LIMIT))
+    warmup_steps = min(config.training.warmup_steps, _CHAT_WARMUP_STEPS)
+    config = _unless_set(config, explicit, "training", learning_rate=rate, warmup_steps=warmup_steps)
+    data.notes.append(_chat_note(config))
+    return config
+
+
+def _chat_note(config: AtlasConfig) -> str:
+    """Return a note with the settings that fine-tuning on conversations may have taken from them."""
+    training, context = config.training, config.model.max_seq_len
+    lengths = {key: getattr(training, key) for key in sorted(LENGTHS)}
+    shown = {"max_seq_len": context, "batch_size": training.batch_size, **lengths}
+    shown |= {"learning_rate": training.learning_rate, "warmup_steps": training.warmup_steps}
+    stated = ", ".join(f"{key} {value:g}" for key, value in shown.items() if value is not None)
+    return f"fine-tuning on conversations with {stated}: what you do not set follows from the conversations"
 
 
 def _with_chat_length(config: AtlasConfig, explicit: Layer, windows: int) -> AtlasConfig:
@@ -116,8 +123,9 @@ def _with_chat_length(config: AtlasConfig, explicit: Layer, windows: int) -> Atl
         config = config.replace("training", batch_size=per_update, gradient_accumulation_steps=1)
     if not LENGTHS & asked.keys():
         updates = _LORA_UPDATES if config.lora.rank else _CHAT_UPDATES
-        epochs = max(_CHAT_EPOCHS, math.ceil(updates * config.training.sequences_per_update / windows))
-        config = config.replace("training", max_steps=None, max_hours=None, epochs=epochs)
+        is_large = _CHAT_EPOCHS * windows > updates * config.training.sequences_per_update
+        epochs, steps = (_CHAT_EPOCHS, None) if is_large else (None, updates)
+        config = config.replace("training", max_steps=steps, epochs=epochs, max_hours=None)
     return config
 
 

@@ -572,10 +572,7 @@ def test_fine_tuning_takes_its_settings_from_the_conversations(
         return start.config
 
     few = settings_of(base, "few.jsonl")
-    windows = len(ChatDataset(read_conversations(tmp_path / "few.jsonl", bpe, val_fraction=0)[0], 256))
-    updates = few.training.epochs * windows / few.training.batch_size
-    assert (few.model.max_seq_len, few.training.max_steps) == (256, None)
-    assert 400 <= updates < 500
+    assert (few.model.max_seq_len, few.training.max_steps, few.training.epochs) == (256, 400, None)
     assert few.training.warmup_steps == 10
     # Fewer updates have a higher rate, more a lower one, and a wider model a lower one.
     rate = few.training.learning_rate
@@ -583,7 +580,7 @@ def test_fine_tuning_takes_its_settings_from_the_conversations(
     assert settings_of(base, "few.jsonl", training__epochs=1000).training.learning_rate < rate
     low_rank = settings_of(base, "few.jsonl", lora__rank=4).training
     assert low_rank.learning_rate >= 2 * rate
-    assert low_rank.epochs == pytest.approx(2 * few.training.epochs, abs=1)
+    assert low_rank.max_steps == 800
     wide = save_imported(
         sharp_model(bpe, **(MODERN["llama"] | {"hidden_size": 256})), bpe, tmp_path / "wide", source=""
     )

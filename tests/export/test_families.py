@@ -11,6 +11,7 @@ import torch
 
 from atlas.cli import main
 from atlas.config.model import RopeScaling
+from atlas.errors import ExportError
 from atlas.export.gguf import read_gguf
 from atlas.export.hf_format import names_of, state_out
 from atlas.export.import_hf import import_hf
@@ -159,7 +160,7 @@ def test_the_known_scalings_are_read_from_files_of_others(tmp_path: Path) -> Non
         scaling = RopeScaling(factor=factor)
         assert _scaling_with(stretching(64, 500000.0, scaling), config, {}) == scaling
     with pytest.raises(
-        ValueError, match=r"rope_freqs\.weight stretches RoPE in a way that Atlas does not know"
+        ExportError, match=r"rope_freqs\.weight stretches RoPE in a way that Atlas does not know"
     ):
         _scaling_with(torch.full((32,), 3.0), config, {})
 
@@ -176,7 +177,20 @@ def test_the_known_scalings_are_read_from_files_of_others(tmp_path: Path) -> Non
             {"rope_parameters": {"rope_type": "llama3", "factor": 4}},
             "rope_parameters without low_freq_factor",
         ),
-        ({"no_rope_layers": [1, 0, 1, 0, 1]}, "no_rope_layers: Atlas supports only every"),
+        (
+            {"no_rope_layers": [1, 0, 1, 0, 1]},
+            "no_rope_layers: Atlas imports only models with RoPE in all but",
+        ),
+        ({"no_rope_layers": [1]}, "no_rope_layers: Atlas imports only models with RoPE in all but"),
+        ({"no_rope_layer_interval": "4"}, "no_rope_layer_interval 4: Atlas imports only models with 4"),
+        ({"num_hidden_layers": 10**10}, "num_layers"),
+        ({"rope_parameters": [1]}, "config.json: holds a value of a wrong kind"),
+        ({"model_type": []}, "model_type []: Atlas imports"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "linear", "factor": 2}},
+            "rope_parameters of type linear",
+        ),
     ],
 )
 def test_what_is_not_supported_is_named(
@@ -189,6 +203,8 @@ def test_what_is_not_supported_is_named(
     saved("smollm3", bpe, tmp_path / "hf")
     file = tmp_path / "hf" / "config.json"
     stated = json.loads(file.read_text(encoding="utf-8"))
+    if "rope_scaling" in change or "num_hidden_layers" in change:
+        del stated["no_rope_layers"]
     if "rope_scaling" in change:
         del stated["rope_parameters"]
     file.write_text(json.dumps(stated | change), encoding="utf-8")
@@ -199,7 +215,7 @@ def test_what_is_not_supported_is_named(
 def test_sampling_settings_go_through(tmp_path: Path, bpe: ByteLevelTokenizer) -> None:
     saved("qwen2", bpe, tmp_path / "hf")
     stated = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
-    strange = {"temperature": 0.7, "max_length": 7, "top_k": "many", "cache": {"a": 1}}
+    strange = {"temperature": 0.7, "max_length": 7, "top_k": "many", "cache": {"a": 1}, "top_p": float("nan")}
     export = ["export", "--format", "hf", "--checkpoint"]
     (tmp_path / "text.txt").write_text(corpus(), encoding="utf-8")
     for number, (content, kept) in enumerate([(stated, stated), (strange, {"temperature": 0.7})]):

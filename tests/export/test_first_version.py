@@ -497,7 +497,7 @@ def test_a_wrong_shape_is_refused_and_nothing_is_overwritten(
         "checkpoints": "name the file, such as checkpoints/atlas_best.pt",
         "missing.pt": "missing.pt: no such file or folder; give a folder",
         "other.yaml": "other.yaml: is not an Atlas checkpoint",
-        ". --num-heads 4": "--num-heads and --config are for a checkpoint of Atlas 1.x (.pt); . is a folder",
+        ". --num-heads 4": "--num-heads and --config are for a checkpoint of Atlas 1.x (.pt), and . is another",
     }.items():
         assert main(["import", *arguments.split()]) == 2, arguments
         message = capsys.readouterr().err

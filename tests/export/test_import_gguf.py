@@ -94,14 +94,36 @@ def test_the_tokenizer_and_the_text_are_llama_cpps(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda values: values.update({"llama.expert_count": 8}), "it is a model with experts"),
-        (lambda values: values.update({"llama.rope.scaling.type": "yarn"}), "with RoPE scaled by yarn"),
+        (
+            lambda values: values.update({"llama.expert_count": 8}),
+            "is a model with experts, which Atlas",
+        ),
+        (
+            lambda values: values.update({"llama.rope.scaling.type": "yarn"}),
+            "with RoPE scaled by the type yarn",
+        ),
         (
             lambda values: values.update({"tokenizer.ggml.pre": "tekken"}),
-            "its tokenizer splits a text by the rule tekken, which Atlas cannot build: give the model's tokenizer.json",
+            "its tokenizer splits a text by the rule tekken, which Atlas does not know: give the model's tokenizer",
         ),
+        (
+            lambda values: values.update({"llama.rope.scaling.factor": 8.0}),
+            "with RoPE scaled by the type linear",
+        ),
+        (
+            lambda values: values.update({"llama.rope.scale_linear": 4.0}),
+            "with RoPE scaled by the type linear",
+        ),
+        (lambda values: values.update({"llama.attention.causal": False}), "with attention to later tokens"),
+        (lambda values: values.update({"llama.rope.dimension_count": 4}), "with RoPE in a part of a head"),
+        (
+            lambda values: values.update({"llama.block_count": 0}),
+            "llama.block_count 0: Input should be greater",
+        ),
+        (lambda values: values.pop("tokenizer.ggml.tokens"), "has no tokenizer.ggml.tokens"),
+        (lambda values: values.update({"tokenizer.ggml.merges": ["a b c"]}), "its tokenizer is damaged"),
         (lambda values: values.update({"tokenizer.ggml.model": "t5"}), "its tokenizer is of the kind t5"),
-        (lambda values: values.pop("llama.block_count"), "is not a complete GGUF file"),
+        (lambda values: values.pop("llama.block_count"), "has no llama.block_count"),
     ],
 )
 def test_what_atlas_does_not_know_is_named(
@@ -116,6 +138,39 @@ def test_what_atlas_does_not_know_is_named(
     assert main(["import", str(file), "--output-dir", str(tmp_path / "in")]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "in").exists()
+
+
+def test_weights_that_are_not_finite_and_templates_that_are_not_jinja_are_named(
+    tmp_path: Path, bpe: ByteLevelTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = sharp_model(bpe, **MODERN["llama"])
+    export_gguf(model, bpe, tmp_path / "m.gguf", quantize="f32", chat_template="{% for")
+    assert main(["import", str(tmp_path / "m.gguf"), "--output-dir", str(tmp_path / "in")]) == 0
+    assert "warning: its chat template is not Jinja, so the model cannot chat" in capsys.readouterr().err
+    content = bytearray((tmp_path / "m.gguf").read_bytes())
+    content[-4:] = np.float32("nan").tobytes()
+    (tmp_path / "m.gguf").write_bytes(content)
+    assert main(["import", str(tmp_path / "m.gguf"), "--output-dir", str(tmp_path / "nan")]) == 2
+    assert "holds weights that are not finite" in capsys.readouterr().err
+
+
+def test_another_byte_order_is_refused(
+    tmp_path: Path, bpe: ByteLevelTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export_gguf(sharp_model(bpe, **MODERN["llama"]), bpe, tmp_path / "m.gguf", quantize="f32")
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    writer = gguf.GGUFWriter(str(tmp_path / "big.gguf"), "llama", endianess=gguf.GGUFEndian.BIG)
+    values = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    del values["general.architecture"]
+    add_metadata(writer, values)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert main(["import", str(tmp_path / "big.gguf"), "--output-dir", str(tmp_path / "in")]) == 2
+    assert "has the byte order of another machine" in capsys.readouterr().err
 
 
 @needs_llama_cpp

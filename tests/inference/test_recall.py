@@ -57,9 +57,9 @@ def test_it_counts_the_answers_that_the_model_gives(
 
 def test_a_wrong_answer_is_shown_beside_the_learnt_one() -> None:
     right, wrong = Answer("Who?", "Me.", "Me.", True), Answer("W" * 70, "N" * 70, "Now.", False)
-    lines = describe_recall([right, right, right, wrong])
+    lines = describe_recall([right, right, right, wrong], total=9)
     assert lines == [
-        "greedy decoding gives 3 of 4 learnt answers word for word, such as:",
+        "greedy decoding gives 3 of 4 learnt answers word for word (of 9 conversations, 4 were asked), such as:",
         f"  …{'W' * 59} → Now.  (learnt: {'N' * 59}…)",
         "  Who? → Me.",
         "  Who? → Me.",

@@ -97,6 +97,27 @@ def train(tmp_path: Path, *options: str) -> int:
     return main([*command, "--batch-size", "2", *(w for s in settings for w in ("--set", s)), *options])
 
 
+@pytest.mark.parametrize("targets", ["[up,embedding]", "[head]"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adafactor"])
+def test_the_tables_get_updates_that_are_trained(
+    tmp_path: Path, bpe: ByteLevelTokenizer, optimizer: str, targets: str
+) -> None:
+    (tmp_path / "text.txt").write_text(corpus(), encoding="utf-8")
+    base = save_imported(sharp_model(bpe), bpe, tmp_path / "base", source="a test")
+    start = [
+        "--init-from",
+        str(base),
+        "--set",
+        f"training.optimizer={optimizer}",
+        "--set",
+        f"lora.targets={targets}",
+    ]
+    assert train(tmp_path, *start, "--max-steps", "4") == 0
+    weights = load_checkpoint(tmp_path / "tuned" / "atlas_step_4.pt")["model_state_dict"]
+    assert weights["token_embedding.lora_b"].any()
+    assert train(tmp_path, "--resume", str(tmp_path / "tuned" / "atlas_step_2.pt"), "--max-steps", "6") == 0
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_with_updates_resumes_and_its_model_is_used_as_any_other(
     tmp_path: Path, bpe: ByteLevelTokenizer, optimizer: str, capsys: pytest.CaptureFixture[str]

@@ -11,7 +11,6 @@ that overwrites the file in place, would then damage both.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,30 +28,42 @@ from atlas.training.checkpoint.validate import is_base, read_plain, refuse_missi
 _KEPT_FACTS = ("chat_form", "context", "imported_from", "sampling")
 
 
-def keep_base(folder: Path, contents: Mapping[str, Any], *, proven: FileEntry | None) -> FileEntry:
-    """Write the frozen weights in `contents`, the contents of a run's checkpoint, to `base.pt` in `folder`, unless the
-    file already has them. Return its entry.
+def refuse_other_base(folder: Path) -> None:
+    """Raise `AtlasError` if `folder` has a file `base.pt` that no run wrote, or that cannot be read."""
+    path = folder / BASE_FILE
+    if os.path.lexists(path) and not is_base(path):
+        raise AtlasError(
+            f"{path}: is not the base of a LoRA run, or is damaged, and this run would replace it: rename it, or "
+            "choose another --output-dir"
+        )
 
-    `proven` describes the base that the run's start has read from a checkpoint in `folder`, or is None. Raises
-    `AtlasError` if the file cannot be written, or if it exists and no run wrote it.
+
+def find_base(folder: Path, contents: Mapping[str, Any], *, proven: FileEntry | None) -> FileEntry | None:
+    """Return the entry of `base.pt` in `folder` if it has the frozen weights in `contents`, the contents of a run's
+    checkpoint, else None.
+
+    `proven` describes the base that the run's start has read from a checkpoint in `folder`, or is None.
     """
-    path, frozen = folder / BASE_FILE, _frozen(contents["model_state_dict"])
+    path = folder / BASE_FILE
     if proven and path.is_file() and path.stat().st_size == proven.size:
         return proven
-    if os.path.lexists(path):
-        if not is_base(path):
-            raise AtlasError(
-                f"{path}: is not the base of a LoRA run, which would replace it: rename it, or choose another "
-                "--output-dir"
-            )
-        if _holds(path, frozen):
-            return FileEntry(name=BASE_FILE, size=path.stat().st_size, sha256=sha256_of(path))
+    if not path.is_file() or not _holds(path, _frozen(contents["model_state_dict"])):
+        return None
+    return FileEntry(name=BASE_FILE, size=path.stat().st_size, sha256=sha256_of(path))
+
+
+def write_base(folder: Path, contents: Mapping[str, Any]) -> FileEntry:
+    """Write the frozen weights in `contents`, the contents of a run's checkpoint, to `base.pt` in `folder`. Return the
+    entry of the file. Raises `AtlasError` if the file cannot be written."""
+    path, frozen = folder / BASE_FILE, _frozen(contents["model_state_dict"])
     # A run that writes the file again, after the file was damaged, must write the same bytes.
     base = {
         "format_version": FORMAT_VERSION,
         "is_base": True,
         "model_state_dict": frozen,
-        "config": {"model": contents["config"]["model"]},
+        "config": {
+            "model": contents["config"]["model"] | {"dropout": 0.0}
+        },  # a resume may change the dropout
         "tokenizer": contents["tokenizer"],
         "data": {key: contents["data"][key] for key in _KEPT_FACTS if key in contents["data"]},
         "initialized_from": contents["initialized_from"],
@@ -86,7 +97,8 @@ def with_base(contents: dict[str, Any], path: Path, *, remedy: str) -> dict[str,
     base = base_of(path, entry)
     if not base.is_file():
         raise CheckpointError(
-            f"{path}: has only the low-rank updates of a LoRA run, and its base {base} is missing: {remedy}"
+            f"{path}: has only the low-rank updates of a LoRA run, and its base {base} is missing: copy {entry.name} "
+            f"from the run's folder, or {remedy}"
         )
     if not is_intact(base, entry):
         raise CheckpointError(
@@ -99,12 +111,8 @@ def with_base(contents: dict[str, Any], path: Path, *, remedy: str) -> dict[str,
 
 
 def base_of(path: Path, entry: FileEntry) -> Path:
-    """Return the file of a checkpoint's base, which is beside the checkpoint. But a checkpoint that was moved to
-    `previous-N` has its base in the run's folder, unless all files of the run were moved."""
-    beside = path.with_name(entry.name)
-    if not beside.exists() and re.fullmatch(r"previous-\d+", path.absolute().parent.name):
-        return path.absolute().parents[1] / entry.name
-    return beside
+    """Return the file of a checkpoint's base, which is beside the checkpoint."""
+    return path.with_name(entry.name)
 
 
 def is_intact(base: Path, entry: FileEntry) -> bool:

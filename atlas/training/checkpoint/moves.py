@@ -27,8 +27,9 @@ from atlas.files import (
     remove_leftover,
     replacing,
 )
-from atlas.training.checkpoint.manifest import FileName
+from atlas.training.checkpoint.manifest import BASE_FILE, FileName
 from atlas.training.checkpoint.retention import files_of
+from atlas.training.checkpoint.validate import is_base
 
 JOURNAL = "moving.json"
 _LARGEST_JOURNAL = 16 << 20  # bytes
@@ -83,6 +84,7 @@ def complete_move(folder: Path, *, may_move: Callable[[str], bool]) -> Path | No
         target.mkdir(exist_ok=True)
         if target.is_symlink():
             raise OSError("is a link")
+        _bring_base(folder, target, journal.files)
         for name in journal.files:
             if os.path.lexists(folder / name):
                 if os.path.lexists(target / name) and not _is_copy(target / name, folder / name):
@@ -93,6 +95,21 @@ def complete_move(folder: Path, *, may_move: Callable[[str], bool]) -> Path | No
         path.unlink()
         flush_folder(folder)
     return target
+
+
+def _bring_base(folder: Path, target: Path, names: Collection[str]) -> None:
+    """Give checkpoints of a LoRA run their base, which stays in `folder` for the run's other checkpoints. No program
+    changes this file in place, so a hard link is enough."""
+    base, copy = folder / BASE_FILE, target / BASE_FILE
+    if BASE_FILE in names or os.path.lexists(copy) or not any(name.endswith(".pt") for name in names):
+        return
+    if not is_base(base):
+        return
+    try:
+        os.link(base, copy)
+    except OSError:  # the file system has no hard links
+        with replacing(copy) as temporary:
+            shutil.copyfile(base, temporary)
 
 
 def _is_copy(copy: Path, source: Path) -> bool:

@@ -12,7 +12,14 @@ from typing import NamedTuple
 
 from atlas.files import flush_folder, remove_leftover
 from atlas.training.checkpoint.atomic_write import replace_checkpoint
-from atlas.training.checkpoint.manifest import Manifest, checkpoint_size, read_manifest, shards_of, sidecar_of
+from atlas.training.checkpoint.manifest import (
+    BASE_FILE,
+    Manifest,
+    checkpoint_size,
+    read_manifest,
+    shards_of,
+    sidecar_of,
+)
 from atlas.training.checkpoint.validate import read_plain
 
 Found = Sequence[tuple[Manifest, Path]]
@@ -84,7 +91,7 @@ def files_of(path: Path, *, among: Collection[Path] = ()) -> list[Path]:
     only that file."""
     shards = shards_of(path)
     if shards is None:
-        return [path, sidecar_of(path)] if path.suffix == ".pt" else [path]
+        return [path, sidecar_of(path)] if path.suffix == ".pt" and path.name != BASE_FILE else [path]
     others = {
         sidecar.with_suffix("") for sidecar in shards.parent.glob("atlas_*.json") if sidecar not in among
     }

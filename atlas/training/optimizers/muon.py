@@ -38,7 +38,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         inside = _matrices_of_blocks(model)
-        tables = [p for name, p in named if not name.startswith("blocks.") and p.dim() >= 2]
+        tables = [
+            p for name, p in named if not name.startswith("blocks.") and p.dim() >= 2 and not is_lora(name)
+        ]
         vectors = [p for name, p in named if p.dim() < 2 or is_lora(name)]
         matrices = [
             {"params": [p for name, p in inside if name.endswith("qkv.weight") == is_qkv], "is_qkv": is_qkv}

@@ -73,7 +73,8 @@ def test_only_the_base_and_the_best_checkpoint_have_the_frozen_weights(
     assert load_model(alone, tokenizer=TOY).config.lora.rank == 2
     shutil.move(folder / "atlas_step_6.pt", alone.parent)
     with pytest.raises(
-        CheckpointError, match=r"has only the low-rank updates .*base\.pt is missing: take another"
+        CheckpointError,
+        match=r"has only the low-rank updates .*base\.pt is missing: copy base\.pt from the run",
     ):
         load_checkpoint(alone.parent / "atlas_step_6.pt")
 
@@ -114,7 +115,7 @@ def test_a_damaged_base_is_found_and_written_anew_from_the_best_checkpoint(
     assert found is not None
     assert found[0].name == "atlas_best.pt"
     assert any("base.pt is damaged" in line for line in said)
-    trained(resumed_in(folder, training__max_steps=8), resume="auto")
+    trained(resumed_in(folder, training__max_steps=8, model__dropout=0.1), resume="auto")
     assert (folder / "base.pt").read_bytes() == whole
     assert load_checkpoint(folder / "atlas_step_3.pt")["step"] == 3
 
@@ -127,7 +128,7 @@ def test_a_file_of_the_user_with_this_name_stays(
     shutil.copy(base, folder / "base.pt")
     before = (folder / "base.pt").read_bytes()
     with pytest.raises(
-        AtlasError, match=r"base\.pt: is not the base of a LoRA run, which would replace it: rename"
+        AtlasError, match=r"base\.pt: is not the base of a LoRA run, or is damaged, and this run would"
     ):
         trained(lora(folder, text_file), init_from=str(folder / "base.pt"))
     trained(layer(folder, text_file), no_resume=True)
@@ -139,14 +140,34 @@ def test_a_file_of_the_user_with_this_name_stays(
 def test_checkpoints_that_are_moved_aside_keep_their_base(
     tmp_path: Path, text_file: Path, base: Path
 ) -> None:
+    other = tmp_path / "other"
+    trained(layer(other, text_file, seed=3))
     folder = tmp_path / "tuned"
     trained(lora(folder, text_file), init_from=str(base))
     last = load_checkpoint(folder / "atlas_step_6.pt")["model_state_dict"]
     trained(resumed_in(folder), resume=str(folder / "atlas_step_3.pt"))
-    assert same(load_checkpoint(folder / "previous-1" / "atlas_step_6.pt")["model_state_dict"], last)
-    trained(lora(folder, text_file, seed=2), init_from=str(base), no_resume=True)
-    assert same(load_checkpoint(folder / "previous-2" / "atlas_step_6.pt")["model_state_dict"], last)
-    assert main(["info", str(folder), "--verify"]) == 0
+    trained(lora(folder, text_file), init_from=str(other / "atlas_best.pt"), no_resume=True)
+    trained(layer(folder, text_file), no_resume=True)
+    for place in ("previous-1", "previous-2"):
+        weights = load_checkpoint(folder / place / "atlas_step_6.pt")["model_state_dict"]
+        assert same(weights, last), place
+    assert load_checkpoint(folder / "previous-3" / "atlas_step_6.pt")["step"] == 6
+    assert not (folder / "base.pt").exists()
+    for place in (folder, *folder.glob("previous-*")):
+        assert main(["info", str(place), "--verify"]) == 0
+
+
+def test_another_runs_base_moves_aside(tmp_path: Path, text_file: Path, base: Path) -> None:
+    trained(layer(tmp_path / "other", text_file, seed=3))
+    trained(lora(tmp_path / "first", text_file), init_from=str(tmp_path / "other" / "atlas_best.pt"))
+    folder = tmp_path / "tuned"
+    folder.mkdir()
+    shutil.copy(tmp_path / "first" / "base.pt", folder)
+    (folder / "base.json").write_text("{}")  # the user's own
+    trained(lora(folder, text_file), init_from=str(base))
+    assert (folder / "previous-1" / "base.pt").read_bytes() == (tmp_path / "first" / "base.pt").read_bytes()
+    assert (folder / "base.json").exists()
+    assert load_checkpoint(folder / "atlas_step_3.pt")["step"] == 3
 
 
 def test_frozen_weights_are_not_copied_for_a_save_in_the_background(
