@@ -1,7 +1,7 @@
 """Compare fine-tuning in Atlas with transformers and PEFT: seconds per update, and peak memory.
 
-    python benchmarks/finetune.py --model FOLDER
-    python benchmarks/finetune.py --model FOLDER --context 512 --steps 20
+    python benchmarks/finetune.py FOLDER
+    python benchmarks/finetune.py FOLDER --context 512 --steps 20
 
 FOLDER is a public model in Hugging Face's format. Both programs train on the same tokens, one sequence per update, once
 all weights and once low-rank updates of every matrix in the blocks (rank 8). The peer is a plain loop: the model's own
@@ -79,17 +79,7 @@ def of_peer(options: argparse.Namespace, folder: Path) -> list[float]:
 def measured(program: str, kind: str, options: argparse.Namespace) -> tuple[float, float]:
     """Return the median seconds per update and the peak memory in GB of one process."""
     sizes = ["--context", str(options.context), "--steps", str(options.steps)]
-    command = [
-        sys.executable,
-        __file__,
-        "--model",
-        options.model,
-        *sizes,
-        "--program",
-        program,
-        "--child",
-        kind,
-    ]
+    command = [sys.executable, __file__, options.model, *sizes, "--program", program, "--child", kind]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     seconds, peak = json.loads(done.stdout.splitlines()[-1])
@@ -100,7 +90,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="a folder in Hugging Face's format")
+    parser.add_argument("model", help="a folder in Hugging Face's format")
     parser.add_argument("--context", type=int, default=256, help="tokens per update")
     parser.add_argument("--steps", type=int, default=12, help="updates; the first three are not counted")
     parser.add_argument("--program", choices=("atlas", "peer"), help=argparse.SUPPRESS)
