@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from atlas.inference.generate import generate
@@ -30,21 +30,17 @@ def recall_answers(
     model: AtlasLM,
     tokenizer: Tokenizer,
     conversations: Sequence[tuple[list[int], list[int]]],
-    *,
-    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Answer]:
     """Return the model's answers, by greedy decoding, to `conversations`: the token ids up to an answer, and those of
     the answer.
 
     The model must be in evaluation mode. A conversation that leaves no room for an answer in the model's context is
-    left out. Return the answers so far if `should_stop` returns true.
+    left out.
     """
     context = model.config.max_seq_len
     pairs = [(prompt, learnt[:_COMPARED]) for prompt, learnt in conversations if len(prompt) < context]
     answers: list[Answer] = []
     for start in item_progress(range(0, len(pairs), _ROWS), "asking for learnt answers"):
-        if should_stop():
-            break
         some = pairs[start : start + _ROWS]
         answers += [
             Answer(
@@ -64,7 +60,7 @@ def _greedy(model: AtlasLM, pairs: Sequence[tuple[list[int], list[int]]]) -> lis
     longest = max(len(learnt) for _, learnt in pairs)
     for step in generate(model, [prompt for prompt, _ in pairs], Sampling(0.0), max_tokens=longest):
         for tokens, token in zip(said, step, strict=True):
-            assert token is not None  # without an end, every row goes on
+            assert token is not None  # no token ends a row here
             tokens.append(token)
     return [tokens[: len(learnt)] for tokens, (_, learnt) in zip(said, pairs, strict=True)]
 

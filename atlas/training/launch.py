@@ -174,7 +174,7 @@ def _keep_base(run: Run, start: Start) -> None:
         base = find_base(start.folder, contents, proven=proven)
         if base is None and (start.folder / BASE_FILE).exists():  # another run's, or damaged
             moved_to = move_aside(start.folder, [start.folder / BASE_FILE])
-            run.log.say(f"{BASE_FILE} has other weights than this run's base, and moved to {moved_to}")
+            run.log.say(f"{BASE_FILE} did not have the weights of this run's base, and moved to {moved_to}")
         run.checkpoints.base = base or write_base(start.folder, contents)
 
 

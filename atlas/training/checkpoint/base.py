@@ -94,7 +94,7 @@ def with_base(contents: dict[str, Any], path: Path, *, remedy: str) -> dict[str,
     if named is None:
         return contents
     entry = FileEntry.model_validate(named)
-    base = base_of(path, entry)
+    base = path.with_name(entry.name)
     if not base.is_file():
         raise CheckpointError(
             f"{path}: has only the low-rank updates of a LoRA run, and its base {base} is missing: copy {entry.name} "
@@ -108,11 +108,6 @@ def with_base(contents: dict[str, Any], path: Path, *, remedy: str) -> dict[str,
     contents["model_state_dict"] = {**weights, **contents["model_state_dict"]}
     refuse_missing_weights(contents, path, remedy)
     return contents
-
-
-def base_of(path: Path, entry: FileEntry) -> Path:
-    """Return the file of a checkpoint's base, which is beside the checkpoint."""
-    return path.with_name(entry.name)
 
 
 def is_intact(base: Path, entry: FileEntry) -> bool:

@@ -13,7 +13,7 @@ from atlas.config import LoraConfig
 from atlas.config.loader import resolve
 from atlas.errors import CheckpointError
 from atlas.model import has_lora, merged
-from atlas.training.checkpoint.base import base_of, is_intact, with_base
+from atlas.training.checkpoint.base import is_intact, with_base
 from atlas.training.checkpoint.locate import find_checkpoint, list_checkpoints
 from atlas.training.checkpoint.manifest import (
     Manifest,
@@ -149,6 +149,6 @@ def _alternatives(path: Path) -> str:
     for manifest, other in list_checkpoints(path.parent):
         if other.name == path.name or manifest.slim or not read_manifest(other, check_hash=True):
             continue
-        if manifest.base is None or is_intact(base_of(other, manifest.base), manifest.base):
+        if manifest.base is None or is_intact(other.with_name(manifest.base.name), manifest.base):
             return f", such as {other.name}"
     return ""
