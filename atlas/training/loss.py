@@ -25,6 +25,11 @@ from atlas.training.loss_cuda import LossAndGradients, linear_cross_entropy_on_c
 LossFunction = Callable[..., Tensor]
 """`(logits (B, T, V), targets (B, T), mask=None) → loss`, a scalar: the mean over the tokens whose `mask` (B, T) is not
 zero."""
+_FP32_ROWS = 32
+"""In half precision, the probabilities of this number of rows exist in fp32 at a time. They fit into a processor's
+cache."""
+_PRODUCT_ROWS = 2048
+"""In half precision, this number of rows of the LM head's gradient is computed at a time."""
 
 
 def compute_lm_loss(
@@ -60,59 +65,85 @@ def linear_cross_entropy(
     `compiled` selects the compiled kernel there.
     """
     device, num_tokens = hidden.device.type, vocabulary or len(weight)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
     if device == "cuda":
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         with torch.autocast(device, enabled=False):
             return linear_cross_entropy_on_cuda(
                 hidden, weight, targets, vocabulary=num_tokens, dtype=dtype, compiled=compiled
             )
-    if torch.is_autocast_enabled(device):
-        hidden, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (hidden, weight))
     with torch.autocast(device, enabled=False):
         compute = functools.partial(_loss_and_gradients, targets=targets, vocabulary=num_tokens)
-        return loss_with_gradients(compute, hidden, weight)
+        return loss_with_gradients(compute, hidden.to(dtype), weight)
 
 
 def _loss_and_gradients(
-    hidden: Tensor, weight: Tensor, needed: Sequence[bool], *, targets: Tensor, vocabulary: int
+    hidden: Tensor, table: Tensor, needed: Sequence[bool], *, targets: Tensor, vocabulary: int
 ) -> LossAndGradients:
-    """Return the sum of the losses, and its gradients with respect to `hidden` and `weight`. `needed` has a boolean for
-    each gradient: whether to compute it. The shapes are `hidden` (N, C), `weight` (V or more, C) and `targets` (N,)."""
+    """Return the sum of the losses, and its gradients with respect to `hidden` and `table`. `needed` has a boolean for
+    each gradient: whether to compute it. The shapes are `hidden` (N, C), `table` (V or more, C) and `targets` (N,).
+    Matrix products are computed in the dtype of `hidden`."""
+    rounded = table[:vocabulary].to(hidden.dtype)
     total = hidden.new_zeros((), dtype=torch.float32)
-    needs_hidden, needs_weight = needed
+    needs_hidden, needs_table = needed
     hidden_grad = torch.empty_like(hidden) if needs_hidden else None
-    table_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-    rows_of_table = weight[:vocabulary]
+    table_grad = torch.zeros_like(table, dtype=torch.float32) if needs_table else None
     # Allocate the logits once. An allocation for each chunk would take a quarter of the time of the chunk's matrix
     # product.
-    logits = hidden.new_empty(min(LOSS_CHUNK_TOKENS, len(hidden)), vocabulary)
-    log_probs = logits if logits.dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
+    buffer = hidden.new_empty(min(LOSS_CHUNK_TOKENS, len(hidden)), vocabulary)
     for start in range(0, len(hidden), LOSS_CHUNK_TOKENS):
         chunk = slice(start, start + LOSS_CHUNK_TOKENS)
         rows, goals = hidden[chunk], targets[chunk]
         counts = (goals != IGNORE_INDEX).to(torch.float32)[:, None]
-        goals = goals.clamp(min=0)[:, None]
-        logits, log_probs = logits[: len(rows)], log_probs[: len(rows)]
-        torch.mm(rows, rows_of_table.T, out=logits)
-        torch.log_softmax(logits, dim=-1, dtype=torch.float32, out=log_probs)
-        total -= (log_probs.gather(1, goals) * counts).sum()
-        if not (needs_hidden or needs_weight):
-            continue
-        # The gradient of the logits is the probabilities, minus 1 at the target. The gradient must be zero for ignored
-        # rows. The code below sets those rows of smaller (N, C) matrices to zero instead: the effect is the same, and
-        # the cost is lower.
-        grad = log_probs.exp_().scatter_add_(1, goals, torch.full_like(counts, -1.0)).to(hidden.dtype)
+        logits = buffer[: len(rows)]
+        torch.mm(rows, rounded.T, out=logits)
+        losses = _softmax_gradient_(logits, goals.clamp(min=0)[:, None])
+        total += (losses * counts).sum()
+        # The gradient must be zero for ignored rows. The code below sets those rows of smaller (N, C) matrices to zero
+        # instead: the effect is the same, and the cost is lower.
         counts = counts.to(hidden.dtype)
         if hidden_grad is not None:
-            torch.mul(grad @ rows_of_table, counts, out=hidden_grad[chunk])
+            torch.mul(logits @ rounded, counts, out=hidden_grad[chunk])
         if table_grad is not None:
-            rows = rows * counts
-            if table_grad.dtype == grad.dtype:
-                table_grad[:vocabulary].addmm_(grad.T, rows)
-            else:
-                table_grad[:vocabulary] += grad.T @ rows
-    return total, hidden_grad, None if table_grad is None else table_grad.to(weight.dtype)
+            _add_product_(table_grad[:vocabulary], logits, rows * counts)
+    return total, hidden_grad, None if table_grad is None else table_grad.to(table.dtype)
+
+
+def _softmax_gradient_(logits: Tensor, goals: Tensor) -> Tensor:
+    """Return the losses (N, 1), in fp32, of `logits` (N, V) against the token ids `goals` (N, 1). Replace the logits by
+    their gradient: the probabilities, minus 1 at the goal."""
+    # The probability of a goal can be too small for fp32, so its logarithm is computed from the largest probability.
+    losses = logits.amax(dim=-1, keepdim=True).float() - logits.gather(1, goals)
+    if logits.dtype == torch.float32:
+        torch.softmax(logits, dim=-1, out=logits)
+        return losses.sub_(_subtract_goals_(logits, goals).log())
+    probs = logits.new_empty(min(_FP32_ROWS, len(logits)), logits.shape[1], dtype=torch.float32)
+    largest = []
+    for some, some_goals in zip(
+        *(torch.split(tensor, _FP32_ROWS) for tensor in (logits, goals)), strict=True
+    ):
+        torch.softmax(some, dim=-1, dtype=torch.float32, out=probs[: len(some)])
+        largest.append(_subtract_goals_(probs[: len(some)], some_goals))
+        some.copy_(probs[: len(some)])
+    return losses.sub_(torch.cat(largest).log())
+
+
+def _subtract_goals_(probs: Tensor, goals: Tensor) -> Tensor:
+    """Return the largest probability (N, 1) of each row of `probs` (N, V), and subtract 1 at `goals` (N, 1)."""
+    largest = probs.amax(dim=-1, keepdim=True)
+    probs.scatter_add_(1, goals, torch.full_like(largest, -1.0))
+    return largest
+
+
+def _add_product_(total: Tensor, grad: Tensor, rows: Tensor) -> None:
+    """Add `grad.T @ rows` to `total`, which is fp32. The shapes are `total` (V, C), `grad` (N, V) and `rows` (N, C)."""
+    if grad.dtype == torch.float32:
+        total.addmm_(grad.T, rows)
+        return
+    # A product in half precision that is as large as `total` would leave the processor's cache before it is added.
+    for start in range(0, len(total), _PRODUCT_ROWS):
+        part = slice(start, start + _PRODUCT_ROWS)
+        total[part] += grad[:, part].T @ rows
 
 
 class SummedLoss(nn.Module):

@@ -108,6 +108,31 @@ def test_loss_in_chunks_in_half_precision() -> None:
         assert 0 < (ours - reference).norm() < 0.02 * reference.norm()
 
 
+def test_loss_in_chunks_in_half_precision_is_computed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some rows of probabilities, and some rows of the head's gradient, at a time: the numbers stay the same."""
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(2, 7, 8), torch.randn(11, 8), torch.randint(0, 9, (2, 7))
+
+    def rounded() -> list[Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return differentiated(
+                lambda h, w: linear_cross_entropy(h, w, targets, vocabulary=9), hidden, weight
+            )
+
+    at_once = rounded()
+    monkeypatch.setattr("atlas.training.loss._FP32_ROWS", 3)
+    monkeypatch.setattr("atlas.training.loss._PRODUCT_ROWS", 4)
+    for parts, whole in zip(rounded(), at_once, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_loss_of_a_probability_too_small_for_fp32_is_right(dtype: torch.dtype) -> None:
+    hidden, weight = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[500.0, 0.0], [0.0, 1.0]])
+    loss = linear_cross_entropy(hidden.to(dtype), weight.to(dtype), torch.tensor([[1]]))
+    assert float(loss) == pytest.approx(500)
+
+
 def test_loss_in_chunks_is_differentiable_once_and_not_without_need() -> None:
     hidden, weight, targets = torch.randn(1, 3, 4), torch.randn(5, 4), torch.tensor([[1, 2, 3]])
     assert not linear_cross_entropy(hidden, weight, targets).requires_grad
