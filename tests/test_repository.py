@@ -60,7 +60,7 @@ INSIDE = {
     "data.prepare": "checks cleaning dedup listing shard_writer staleness workspace < split < batching tokenize "
     "train_tokenizer < merge ray_engine < workers < pipeline",
     "data.sequences": "dataset loader verify < packing < conversations < mixture open < build",
-    "model": "documents kv_cache recompute rope < mlp norm < attention < transformer < lora < cost",
+    "model": "attention_cpu documents kv_cache recompute rope < mlp norm < attention < transformer < lora < cost",
     "planning": "advice cards communication doctor inference < speed < machine < run < scaling < tables",
     "training.devices": "compile gpu_temperature pinned signals world < parallel < device < memory "
     "network_check",

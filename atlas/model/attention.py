@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from atlas.config import ModelConfig
+from atlas.model.attention_cpu import attend_in_blocks, pays_in_blocks
 from atlas.model.documents import attend_sparsely
 from atlas.model.kv_cache import KVCache
 from atlas.model.norm import RMSNorm
@@ -62,10 +63,13 @@ class CausalSelfAttention(nn.Module):
         """
         positions, mask, rotation, cache = context
         B, T, _ = x.shape
+        dropout = self.dropout if self.training and cache is None else 0.0
         q_BHTD, k_BKTD, v_BKTD = self._project(x, rotation)
         if isinstance(mask, BlockMask):
             assert cache is None
             out_BHTD = attend_sparsely(q_BHTD, k_BKTD, v_BKTD, mask)
+        elif mask is None and cache is None and not dropout and pays_in_blocks(q_BHTD):
+            out_BHTD = attend_in_blocks(q_BHTD, k_BKTD, v_BKTD)
         else:
             if cache is not None:
                 k_BKTD, v_BKTD = cache.update(self.layer, positions, k_BKTD, v_BKTD)  # the first S slots
@@ -79,7 +83,7 @@ class CausalSelfAttention(nn.Module):
                 k_BKTD,
                 v_BKTD,
                 attn_mask=mask,
-                dropout_p=self.dropout if self.training and cache is None else 0.0,
+                dropout_p=dropout,
                 is_causal=mask is None and (cache is None or T > 1),
                 enable_gqa=self.shares_keys and not as_rows,
             ).reshape(B, -1, T, self.head_size)

@@ -199,7 +199,7 @@ def test_a_precision_that_computes_wrong_numbers_is_found(
 def test_wrong_numbers_matter_where_training_would_take_them(
     offered: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("atlas.training.devices.device._cpu_has_bf16", lambda: offered)
+    monkeypatch.setattr("atlas.training.devices.device.cpu_computes_in_bf16", lambda: offered)
     wrong_mlp(monkeypatch, torch.bfloat16, 0.1)
     code, facts = doctor(capsys)
     assert not facts["precision"]["bf16"]["right"]
@@ -216,6 +216,7 @@ def test_attention_that_sees_the_future_is_found(precision: str, monkeypatch: py
 
     assert doctor_facts._precision(CPU, precision, LITTLE)["right"]
     monkeypatch.setattr(F, "scaled_dot_product_attention", leaking)
+    monkeypatch.setattr("atlas.model.attention.attend_in_blocks", attend)  # not causal
     assert not doctor_facts._precision(CPU, precision, LITTLE)["right"]
 
 
