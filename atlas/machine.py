@@ -6,6 +6,7 @@ products. Generating a token takes at least the time of reading all weights at t
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +16,12 @@ import psutil
 import torch
 
 _CGROUP = Path("/sys/fs/cgroup")
+_BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
+"""Linux's names of the instructions that multiply matrices of bf16."""
+_ISA_LIMIT = "ONEDNN_MAX_CPU_ISA"
+"""The environment variable that forbids oneDNN, which computes PyTorch's matrix products, to use newer instructions."""
+_WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
+"""Values of this variable with which oneDNN emulates matrix products in bf16."""
 _SECONDS = 0.5
 _SIZE = {"cpu": 1024, "cuda": 8192, "mps": 4096}
 COPIED = {"cpu": 256_000_000, "cuda": 1_000_000_000, "mps": 256_000_000}
@@ -58,6 +65,26 @@ def _left_in_container(cgroup: Path) -> int:
         return max(0, limit - int((cgroup / "memory.current").read_text(encoding="ascii")))
     except (OSError, ValueError):  # no container, or a container without a limit ("max")
         return psutil.virtual_memory().total
+
+
+def cpu_computes_in_bf16() -> bool:
+    """Whether this CPU multiplies matrices in bf16 faster than in fp32: with AMX (Intel Xeon since Sapphire Rapids) or
+    with AVX512-BF16 (AMD since Zen 4, some Intel Xeon). Other CPUs emulate bf16, and are up to hundreds of times slower
+    in it than in fp32."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if os.environ.get(_ISA_LIMIT, "").upper() in _WITHOUT_BF16:
+        return False
+    flags = next((line for line in cpu_info().splitlines() if line.startswith("flags")), "")
+    return not _BF16_FLAGS.isdisjoint(flags.split())
+
+
+def cpu_info() -> str:
+    """Return the text of Linux's `/proc/cpuinfo`, or an empty string on other systems."""
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def peak_resident() -> int:

@@ -17,6 +17,10 @@ from atlas.config import ModelConfig
 from atlas.model import AtlasLM, build_model
 from tests.browser import browser, page  # noqa: F401
 
+# Without this limit, `training.precision: auto` would be bf16 on some machines and fp32 on others. Tests of bf16 choose
+# it themselves.
+os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_VNNI"
+
 
 @pytest.hookimpl(optionalhook=True)  # pytest runs without xdist, too
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:

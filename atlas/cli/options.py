@@ -14,7 +14,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[
     str,
     typer.Option(
-        help="Precision of the weights and the KV cache: auto (half precision on CUDA, else f32), f32, bf16 or f16.",
+        help="Precision of the weights and the KV cache: auto (half precision if the device computes in it, else f32), f32, bf16 or f16.",
         metavar="DTYPE",
     ),
 ]

@@ -84,7 +84,8 @@ def _start_run(start: Start, world: World, sampler: Sampler | None, may_exceed_b
         if config.lora.rank and config.checkpoint.format != "sharded":
             refuse_other_base(start.folder)
         share_of_update(config.training.sequences_per_update, world.size)
-        runtime = setup_runtime(config, world)
+        saved_by = start.contents.get("machine", {}) if resumes else {}
+        runtime = setup_runtime(config, world, saved=saved_by if _keeps_precision(start) else {})
         parallel = choose_parallel(config, world, runtime.device)
         compiles = choose_compile(config, runtime.device, say=start.notes.append)
         runtime = replace(runtime, parallel=parallel, compiles=compiles)
@@ -102,7 +103,7 @@ def _start_run(start: Start, world: World, sampler: Sampler | None, may_exceed_b
         runtime = replace(runtime, parallel="fsdp")
     state = _resumed_state(start, data, runtime) if resumes else None
     config, log, checkpoints = _open_folder(start, world, verifier)
-    differences = restore_machine(start.contents.get("machine", {}), runtime) if resumes else []
+    differences = restore_machine(saved_by, runtime)
     state = state or _fresh_state(config, len(train_data), runtime, log, may_exceed=may_exceed_batch_size)
     keeps_little = runtime.compiles and is_short_of_memory(config, runtime, state.micro_batch_size)
     learner = Learner(model, config, runtime, custom_loss)
@@ -122,6 +123,12 @@ def _start_run(start: Start, world: World, sampler: Sampler | None, may_exceed_b
         compile_blocks(model, keeps_little=keeps_little)
     start.contents.clear()  # the model has its own copy of the weights
     return run
+
+
+def _keeps_precision(start: Start) -> bool:
+    """Whether the run resumes without another `training.precision` than before."""
+    before = start.contents.get("config", {}).get("training", {}).get("precision", "auto")
+    return start.mode == "resume" and before == start.config.training.precision
 
 
 def _open_folder(

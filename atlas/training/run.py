@@ -50,7 +50,7 @@ class Learner:
         self.objective = SummedLoss(model, custom_loss, compiled=runtime.compiles)
         self.wrapped = wrap(self.objective, config, runtime.world, runtime.parallel, runtime.device)
         """`objective` wrapped by DDP. With FSDP2, or in a run of one process, this is `objective` itself."""
-        self.optimizer = build_optimizer(model, config.training)
+        self.optimizer = build_optimizer(model, config.training, runtime.dtype)
         self.scaler = runtime.grad_scaler()
         self.proven = (0, 0)
         """A micro-batch size, and the number of updates (at most 3) with this size that fitted into memory.

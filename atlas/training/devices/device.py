@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import sys
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from atlas.config import AtlasConfig
 from atlas.config.fields import DEVICE
 from atlas.errors import AtlasError
+from atlas.machine import cpu_computes_in_bf16, cpu_info
 from atlas.training.devices.parallel import refuse_parallel_alone
 from atlas.training.devices.world import ALONE, World
 from atlas.version import __version__
@@ -62,12 +64,15 @@ class Runtime:
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
 
-def setup_runtime(config: AtlasConfig, world: World = ALONE) -> Runtime:
+def setup_runtime(
+    config: AtlasConfig, world: World = ALONE, *, saved: Mapping[str, Any] | None = None
+) -> Runtime:
     """Return the runtime for the config's `device` and `training.precision`. With several ranks on CUDA, each rank uses
     its own GPU.
 
-    The caller sets the field `parallel` later, with `choose_parallel`. Raises `AtlasError` if the device or the
-    precision is not available.
+    `saved` is the description of the machine in a checkpoint whose run resumes with the same setting. Then the run
+    keeps its precision, if this machine has it. The caller sets the field `parallel` later, with `choose_parallel`.
+    Raises `AtlasError` if the device or the precision is not available.
     """
     device = choose_device(config.device)
     if world.local_size > 1 and device.type == "cuda":
@@ -83,7 +88,7 @@ def setup_runtime(config: AtlasConfig, world: World = ALONE) -> Runtime:
                 "--device cpu"
             )
         device = torch.device("cuda", world.local_rank)
-    precision = _choose_precision(config.training.precision, device)
+    precision = _choose_precision(config.training.precision, device, saved or {})
     refuse_parallel_alone(config)
     return Runtime(device, precision, world=world)
 
@@ -132,7 +137,7 @@ def why_not_in(precision: str, device: torch.device) -> str | None:
     precision = precision.removesuffix("-true")
     if device.type == "cuda" and precision == "bf16" and not _gpu_has_bf16():
         return "this GPU does not compute in it"
-    if device.type == "cpu" and precision == "bf16" and not _cpu_has_bf16():
+    if device.type == "cpu" and precision == "bf16" and not cpu_computes_in_bf16():
         return "this CPU lacks bf16 arithmetic and would be hundreds of times slower"
     if device.type == "cpu" and precision == "fp16":
         return "is for GPUs"
@@ -141,26 +146,40 @@ def why_not_in(precision: str, device: torch.device) -> str | None:
     return None
 
 
-def _choose_precision(asked: str, device: torch.device) -> str:
-    if asked == "auto":
-        return _own_precision(device)
-    if reason := why_not_in(asked, device):
-        raise AtlasError(f"training.precision: {asked}: {reason}; use {_own_precision(device)} or auto")
-    return asked
+def _choose_precision(asked: str, device: torch.device, saved: Mapping[str, Any]) -> str:
+    if asked != "auto":
+        reason = why_not_in(asked, device)
+        if reason and not saved:
+            raise AtlasError(f"training.precision: {asked}: {reason}; use {_own_precision(device)} or auto")
+        return _own_precision(device) if reason else asked
+    # `saved["device"]` is the name of a GPU, or the type of another device.
+    type_before = saved.get("device") if saved.get("device") in ("cpu", "mps") else "cuda"
+    before = saved.get("precision")
+    if before in _DTYPES and type_before == device.type and why_not_in(before, device) is None:
+        return str(before)
+    return _own_precision(device)
 
 
 def _own_precision(device: torch.device) -> str:
     """Return the precision that `auto` selects on `device`."""
-    if device.type != "cuda":
-        return "fp32"
-    return "bf16" if _gpu_has_bf16() else "fp16"
+    if device.type == "cuda":
+        return "bf16" if _gpu_has_bf16() else "fp16"
+    return "bf16" if device.type == "cpu" and cpu_computes_in_bf16() else "fp32"
+
+
+def computes_in_half(precision: str, device: str) -> bool:
+    """Whether a new run with this `training.precision` computes matrix products in half precision. `device` is `cpu`,
+    `cuda` or `mps`. A GPU may be one of another machine."""
+    if precision == "auto":
+        return device == "cuda" or (device == "cpu" and cpu_computes_in_bf16())
+    return precision != "fp32"
 
 
 def choose_weights_dtype(asked: str, device: torch.device) -> torch.dtype:
     """Return the dtype of weights and KV cache for inference on `device`. `asked` is `f32`, `bf16`, `f16` or `auto`.
 
-    `auto` selects fp32, but on CUDA it selects bf16, or fp16 if the GPU does not support bf16. Raises `AtlasError` for
-    a dtype that the device does not support.
+    `auto` selects bf16 if the device computes in it; otherwise fp16 on CUDA, and fp32 on other devices. Raises
+    `AtlasError` for a dtype that the device does not support.
     """
     names = {"auto": _own_precision(device), "f32": "fp32", "bf16": "bf16", "f16": "fp16"}
     if asked not in names:
@@ -173,19 +192,6 @@ def choose_weights_dtype(asked: str, device: torch.device) -> torch.dtype:
 def _gpu_has_bf16() -> bool:
     # By default this query also returns true for older cards, which only emulate bf16 and are very slow.
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-
-
-def _cpu_has_bf16() -> bool:
-    info = _cpu_info() if torch.backends.cpu.get_cpu_capability() == "AVX512" else ""
-    return "avx512_bf16" in info or "amx_bf16" in info
-
-
-def _cpu_info() -> str:
-    """Return the text of Linux's `/proc/cpuinfo`, or an empty string on other systems."""
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def seed_micro_step(seed: int, update: int, position: int) -> None:
@@ -212,7 +218,7 @@ def describe_machine(runtime: Runtime) -> dict[str, Any]:
     """Return the properties of the machine and its software that affect the bits of a result. On a CPU, a resumed run
     gives the same bits if all these properties are the same as in the checkpoint."""
     device = runtime.device
-    name = re.search(r"^model name\s*: *(.*\S)", _cpu_info(), re.MULTILINE)
+    name = re.search(r"^model name\s*: *(.*\S)", cpu_info(), re.MULTILINE)
     return {
         "atlas": __version__,
         "torch": str(torch.__version__),

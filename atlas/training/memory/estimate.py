@@ -26,6 +26,7 @@ from atlas.model.cost import (
     trace_saved_tensors,
 )
 from atlas.process import KEPT_BELOW
+from atlas.training.devices.device import computes_in_half
 from atlas.training.optimizers.memory import state_bytes, step_bytes
 
 _FP32, _HALF = 4, 2  # bytes
@@ -78,7 +79,7 @@ def estimate_training_memory(config: AtlasConfig, *, device: str, keeps_all: boo
     With `keeps_all`, the blocks are compiled and recompute nothing. A run uses such blocks only if memory is ample.
     """
     model, training = config.model, config.training
-    half = training.precision not in ("fp32", "auto") or (training.precision == "auto" and device == "cuda")
+    half = computes_in_half(training.precision, device)
     micro_batch = training.batch_size if training.micro_batch_size == "auto" else training.micro_batch_size
     micro_batch = min(micro_batch, training.sequences_per_update)
     T, L, tokens = model.max_seq_len, model.num_layers, micro_batch * model.max_seq_len

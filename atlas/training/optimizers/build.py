@@ -21,8 +21,10 @@ _BUILDERS: dict[str, Callable[[list[dict[str, Any]], TrainingConfig], torch.opti
 }
 
 
-def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Build the optimizer that `training.optimizer` names.
+def build_optimizer(
+    model: nn.Module, config: TrainingConfig, dtype: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
+    """Build the optimizer that `training.optimizer` names. On a CPU, Muon's matrix products are in `dtype`.
 
     Matrices and embeddings have weight decay; biases and norms have none. All optimizers are scaled so that the same
     learning rates suit them. The training loop sets the learning rate before each update.
@@ -31,7 +33,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
     vectors = {"params": [p for _, p in named if p.dim() < 2], "weight_decay": 0.0}
     matrices = {"params": [p for _, p in named if p.dim() >= 2], "weight_decay": config.weight_decay}
     if config.optimizer == "muon":  # Muon selects its matrices by name
-        return MuonWithAdamW(model, config)
+        return MuonWithAdamW(model, config, dtype)
     return _BUILDERS[config.optimizer]([matrices, vectors], config)
 
 

@@ -10,10 +10,11 @@ from torch import nn
 from atlas.config import LoraConfig, ModelConfig, TrainingConfig
 from atlas.config.config import MUON_STACK_NUMBERS
 from atlas.model.cost import is_in_block, list_weights, one_block_model
+from atlas.training.devices.device import computes_in_half
 from atlas.training.optimizers.build import build_optimizer, state_shapes
 from atlas.training.optimizers.muon import count_matrices
 
-_FP32, _CODE = 4, 1  # bytes
+_FP32, _HALF, _CODE = 4, 2, 1  # bytes
 
 
 def state_bytes(model: ModelConfig, lora: LoraConfig, training: TrainingConfig) -> int:
@@ -52,7 +53,12 @@ def step_bytes(model: ModelConfig, lora: LoraConfig, training: TrainingConfig, *
     if training.optimizer == "muon":
         matrices = count_matrices(one_block_model(model, lora))
         layers = 1 if is_rounded else model.num_layers
-        sizes = [_muon_bytes(rows, columns, n * layers, device) for (_, rows, columns), n in matrices.items()]
+        is_in_fp32 = device == "cpu" and not computes_in_half(training.precision, device)
+        width = _FP32 if is_in_fp32 else _HALF
+        sizes = [
+            _muon_bytes(rows, columns, n * layers, device, width)
+            for (_, rows, columns), n in matrices.items()
+        ]
         own = max(sizes, default=0)
     else:
         # Any other optimizer of PyTorch has no fused step, and makes a temporary copy of all parameters.
@@ -64,13 +70,13 @@ def step_bytes(model: ModelConfig, lora: LoraConfig, training: TrainingConfig, *
     return 2 * largest + max(own, largest)  # fp32 parameter and gradient, plus the step or the rounding
 
 
-def _muon_bytes(rows: int, columns: int, count: int, device: str) -> int:
+def _muon_bytes(rows: int, columns: int, count: int, device: str, width: int) -> int:
     """Return the bytes that Muon needs to orthogonalize one stack of matrices. There are `count` matrices of shape
-    (`rows`, `columns`).
+    (`rows`, `columns`), and matrix products have `width` bytes per number.
 
     The memory holds the mean gradients, the stack before and after an iteration, and two square products per matrix,
     whose side is the matrix's shorter side.
     """
-    width, short, size = (_FP32 if device == "cpu" else 2), min(rows, columns), rows * columns
+    short, size = min(rows, columns), rows * columns
     stacked = min(count, max(1, MUON_STACK_NUMBERS[device] // size))
     return stacked * (size * (_FP32 + 2 * width) + 2 * short * short * width)

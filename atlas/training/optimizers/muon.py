@@ -32,10 +32,13 @@ class MuonWithAdamW(torch.optim.Optimizer):
     AdamW for all other parameters: embeddings, LM head, biases, norms and low-rank updates.
 
     Muon keeps one moment, 4 bytes, per parameter. AdamW uses the parameter groups and the state of this optimizer. So
-    there is one state dict, and one place to set learning rates.
+    there is one state dict, and one place to set learning rates. Muon's matrix products are in bf16, but on a CPU they
+    are in `dtype_on_cpu`.
     """
 
-    def __init__(self, model: nn.Module, config: TrainingConfig) -> None:
+    def __init__(
+        self, model: nn.Module, config: TrainingConfig, dtype_on_cpu: torch.dtype = torch.float32
+    ) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         inside = _matrices_of_blocks(model)
         tables = [
@@ -48,6 +51,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         ]
         self._splits = {p: _rows_of_splits(name, model) for name, p in inside}
         self._tables = set(tables)
+        self._dtype_on_cpu = dtype_on_cpu
         others = [
             {"params": tables, "weight_decay": config.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
@@ -80,7 +84,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(weight)
                 if is_sharded(weight):
-                    _sharded_muon_update(weight, state["momentum_buffer"], self._splits[weight], group)
+                    _sharded_muon_update(
+                        weight, state["momentum_buffer"], self._splits[weight], group, self._dtype_of(weight)
+                    )
                     continue
                 tensors = (weight, weight.grad, state["momentum_buffer"])
                 for matrix in zip(*(tensor.split(self._splits[weight]) for tensor in tensors), strict=True):
@@ -89,10 +95,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 stack = max(1, MUON_STACK_NUMBERS[matrices[0][0].device.type] // shape.numel())
                 for start in range(0, len(matrices), stack):
                     some = matrices[start : start + stack]
-                    _muon_update(some, rate=group["lr"], decay=group["weight_decay"])
+                    dtype = self._dtype_of(some[0][0])
+                    _muon_update(some, rate=group["lr"], decay=group["weight_decay"], dtype=dtype)
         others = [group for group in self.param_groups if "is_qkv" not in group]
         self._adamw.param_groups = [*map(self._for_width, others)]
         self._adamw.step()
+
+    def _dtype_of(self, weight: Tensor) -> torch.dtype:
+        return self._dtype_on_cpu if weight.device.type == "cpu" else torch.bfloat16
 
     def _for_width(self, group: dict[str, Any]) -> dict[str, Any]:
         """Return a parameter group of AdamW with its effective learning rate and weight decay. For the embedding tables
@@ -129,9 +139,11 @@ def _rows_of_splits(name: str, model: nn.Module) -> list[int]:
     return [rows // 2] * 2 if name.endswith("up.weight") and module.is_gated else [rows]
 
 
-def _muon_update(matrices: Sequence[tuple[Tensor, ...]], *, rate: float, decay: float) -> None:
+def _muon_update(
+    matrices: Sequence[tuple[Tensor, ...]], *, rate: float, decay: float, dtype: torch.dtype
+) -> None:
     """Update matrices of one shape by their orthogonalized mean gradients, with Nesterov momentum. Each entry of
-    `matrices` is (weight, gradient, momentum).
+    `matrices` is (weight, gradient, momentum). Matrix products are in `dtype`.
 
     The outputs of a layer should change by the same amount at any width. Therefore, the largest singular value of the
     update is proportional to √(outputs / inputs), if a matrix has more outputs than inputs (Yang et al. 2023,
@@ -140,8 +152,9 @@ def _muon_update(matrices: Sequence[tuple[Tensor, ...]], *, rate: float, decay: 
     """
     weights, gradients, momenta = ([*tensors] for tensors in zip(*matrices, strict=True))
     torch._foreach_lerp_(momenta, gradients, 1 - _MUON_MOMENTUM)
-    updates = _orthogonalized(torch.stack([*torch._foreach_lerp(gradients, momenta, _MUON_MOMENTUM)]))
-    if updates.is_cuda:
+    means = torch.stack([*torch._foreach_lerp(gradients, momenta, _MUON_MOMENTUM)])
+    updates = _orthogonalized(means, dtype)
+    if updates.is_cuda or updates.dtype != weights[0].dtype:
         # If the updates had another dtype or layout than the weights, `_foreach_add_` would launch one kernel per
         # weight.
         updates = updates.to(weights[0].dtype, memory_format=torch.contiguous_format)
@@ -150,7 +163,9 @@ def _muon_update(matrices: Sequence[tuple[Tensor, ...]], *, rate: float, decay: 
     torch._foreach_add_(weights, updates.unbind(), alpha=-step_size)
 
 
-def _sharded_muon_update(weight: Tensor, momentum: Tensor, rows: list[int], group: dict[str, Any]) -> None:
+def _sharded_muon_update(
+    weight: Tensor, momentum: Tensor, rows: list[int], group: dict[str, Any], dtype: torch.dtype
+) -> None:
     """Update one weight, of which each rank holds only some rows, like `_muon_update`.
 
     Only a full matrix can be orthogonalized. So every rank gathers the full gradient, computes the full update, and
@@ -159,7 +174,7 @@ def _sharded_muon_update(weight: Tensor, momentum: Tensor, rows: list[int], grou
     assert weight.grad is not None
     momentum.lerp_(weight.grad, 1 - _MUON_MOMENTUM)
     mean = gather_full(weight.grad.lerp(momentum, _MUON_MOMENTUM), to_cpu=False)
-    updates = [_orthogonalized(matrix[None])[0] * _muon_scale(matrix) for matrix in mean.split(rows)]
+    updates = [_orthogonalized(matrix[None], dtype)[0] * _muon_scale(matrix) for matrix in mean.split(rows)]
     weight.mul_(1 - group["lr"] * group["weight_decay"])
     step_size = min(group["lr"], _LARGEST_FACTOR)
     weight.add_(shard_like(torch.cat(updates).to(weight.dtype), weight), alpha=-step_size)
@@ -169,16 +184,14 @@ def _muon_scale(matrix: Tensor) -> float:
     return 0.2 * math.sqrt(_WIDTH * max(1, matrix.shape[0] / matrix.shape[1]))
 
 
-def _orthogonalized(matrices: Tensor) -> Tensor:
+def _orthogonalized(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """(N, R, C) → approximately U Vᵀ for each matrix U S Vᵀ. The singular values of the result are between 0.7 and 1.2,
     so that all directions change by about the same amount.
 
-    The method is five steps of a Newton–Schulz iteration with Jordan's coefficients, in bf16 on GPUs. On a CPU, the
-    iteration runs in fp32: without bf16 arithmetic, a CPU is about 30 times slower in bf16 (measured with AVX2, one
-    thread).
+    The method is five steps of a Newton–Schulz iteration with Jordan's coefficients, in `dtype`.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices if matrices.device.type == "cpu" else matrices.bfloat16()
+    x = matrices.to(dtype)
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
         x = x.mT

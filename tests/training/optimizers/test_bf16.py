@@ -27,7 +27,7 @@ NAMES = ("adamw", "muon", "adafactor")
 
 @pytest.fixture(autouse=True)
 def _bf16_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atlas.training.devices.device._cpu_has_bf16", lambda: True)
+    monkeypatch.setattr("atlas.training.devices.device.cpu_computes_in_bf16", lambda: True)
 
 
 def generator(seed: int = 0) -> torch.Generator:
