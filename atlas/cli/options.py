@@ -14,7 +14,8 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Dtype = Annotated[
     str,
     typer.Option(
-        help="Precision of the weights and the KV cache: auto (half precision if the device computes in it, else f32), f32, bf16 or f16.",
+        help="Precision of the weights and the KV cache: f32, bf16, f16 or auto (half precision if the device "
+        "computes in it, else f32).",
         metavar="DTYPE",
     ),
 ]

@@ -121,8 +121,8 @@ class TrainingConfig(Section):
     grad_clip: Float = Field(1.0, ge=0)
     """Largest gradient norm: gradients with a larger norm are scaled down to this norm. 0: no clipping."""
     precision: Literal["auto", "fp32", "bf16", "bf16-true", "fp16"] = "auto"
-    """auto: bf16 if the GPU or the CPU computes in it, else fp16 on CUDA, and fp32 on other devices. A resumed run keeps
-    its precision. bf16-true: weights and gradients are bf16 too."""
+    """auto: bf16 if the GPU or the CPU computes in it, else fp16 on CUDA, and fp32 on other devices. A resumed run
+    keeps its precision. bf16-true: weights and gradients are bf16 too."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, more time."""
     compile: Annotated[Literal["auto", "off", "on"], BeforeValidator(off_on)] = "auto"

@@ -30,7 +30,7 @@ class RMSNorm(nn.RMSNorm):
 
     def _normalize(self, x: Tensor) -> Tensor:
         # PyTorch has no fused CPU kernel for RMSNorm, and runs a dozen operators instead.
-        if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
+        if x.device.type == "cpu" and x.dtype in _ON_CPU and not torch.compiler.is_compiling():
             result: Tensor = _RMSNormOnCPU.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
             return result
         # On other devices, PyTorch may also run several operators. `checkpointed` keeps no intermediate results of
@@ -38,26 +38,30 @@ class RMSNorm(nn.RMSNorm):
         return checkpointed(super().forward, x)
 
 
+_ON_CPU = (torch.float32, torch.bfloat16)
+
+
 class _RMSNormOnCPU(torch.autograd.Function):
     """RMSNorm with fewer passes over memory, forward and backward. It is 2.3 times as fast as PyTorch's RMSNorm (2,048
-    × 256 numbers, one thread)."""
+    × 256 numbers, one thread). The computation is in fp32, and the result has the dtype of the input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        size: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        wide = x.float()
+        size: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         rstd = size.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
-        return (x * rstd).mul_(weight)
+        return (wide * rstd).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
-        normed = x * rstd
+        normed, gradient, gain = x.float() * rstd, gradient.float(), weight.float()
         by_x = gradient * normed
-        by_weight = by_x.flatten(0, -2).sum(0)
-        mean = (by_x @ weight).div_(x.shape[-1]).unsqueeze(-1)
-        torch.mul(gradient, weight, out=by_x)
-        return by_x.addcmul_(normed, mean, value=-1).mul_(rstd), by_weight, None
+        by_weight = by_x.flatten(0, -2).sum(0).to(weight.dtype)
+        mean = (by_x @ gain).div_(x.shape[-1]).unsqueeze(-1)
+        torch.mul(gradient, gain, out=by_x)
+        return by_x.addcmul_(normed, mean, value=-1).mul_(rstd).to(x.dtype), by_weight, None
 
 
 def build_norm(config: ModelConfig) -> nn.Module:

@@ -46,11 +46,14 @@ def stretching(head_size: int, theta: float, scaling: RopeScaling) -> Tensor:
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Return the rotated `x` (B, T, H, D). The computation is in fp32, for any dtype of `x`."""
     cos, sin = rotation
-    if x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling():
+    if x.device.type == "cpu" and x.dtype in _ON_CPU and not torch.compiler.is_compiling():
         rotated: Tensor = _RotationOnCPU.apply(x, cos, sin)  # type: ignore[no-untyped-call]
         return rotated
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+
+
+_ON_CPU = (torch.float32, torch.bfloat16)
 
 
 class _RotationOnCPU(torch.autograd.Function):
@@ -70,8 +73,8 @@ class _RotationOnCPU(torch.autograd.Function):
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    rotated = x * torch.cat((cos, cos), dim=-1)
-    rotated[..., :half].addcmul_(x[..., half:], sin, value=-1)
-    rotated[..., half:].addcmul_(x[..., :half], sin)
-    return rotated
+    half, wide = x.shape[-1] // 2, x.float()
+    rotated = wide * torch.cat((cos, cos), dim=-1)
+    rotated[..., :half].addcmul_(wide[..., half:], sin, value=-1)
+    rotated[..., half:].addcmul_(wide[..., :half], sin)
+    return rotated.to(x.dtype)

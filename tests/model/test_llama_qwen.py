@@ -18,6 +18,7 @@ from atlas.inference.layout import lay_out_for_decoding
 from atlas.model import AtlasLM, KVCache, build_model
 from atlas.model.cost import count_parameters
 from atlas.model.norm import RMSNorm
+from atlas.model.rope import rotate, rotation_at
 from atlas.training.loss import IGNORE_INDEX, compute_lm_loss
 from atlas.training.optimizers.build import build_optimizer
 from tests.test_model import difference, sharp_model
@@ -153,6 +154,24 @@ def test_rmsnorm_on_a_cpu_is_pytorchs(width: int, rows: int, eps: float, scale: 
     pairs = zip((outputs[0], *gradients[0]), (outputs[1], *gradients[1]), sizes, strict=True)
     for ours, theirs, size in pairs:
         torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-5, atol=1e-6 * size)
+
+
+def test_norm_and_rotation_of_bf16_are_those_of_fp32_rounded() -> None:
+    """Queries and keys are bf16 under autocast. Values and gradients have the dtype of their tensors."""
+    x, upstream = (torch.randn(2, 5, 3, 8).bfloat16() for _ in range(2))
+    norm, rotation = RMSNorm(8, eps=1e-5), rotation_at(torch.arange(5), 8, 1e4)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(8))
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaf = x.to(dtype).requires_grad_()
+        normed = norm(leaf)
+        rotated = rotate(normed, rotation)
+        grads = torch.autograd.grad(rotated, (leaf, norm.weight), upstream.to(dtype))
+        assert [tensor.dtype for tensor in (normed, rotated, *grads)] == [dtype] * 3 + [torch.float32]
+        results.append([normed, rotated, *grads])
+    for ours, exact in zip(*results, strict=True):
+        assert (ours.float() - exact).norm() < 6e-3 * exact.norm()
 
 
 MIXED = {
