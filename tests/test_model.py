@@ -204,6 +204,23 @@ def test_cached_logits_equal_uncached_ones_with_prompts_of_one_length(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_of_bf16_give_the_same_logits_in_the_layout_for_decoding(tied: bool) -> None:
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this CPU has no matrix products in bf16")
+    config = CONFIG.model_copy(update={"tie_embeddings": tied})
+    exact, model = (sharp_model(config).to(dtype) for dtype in (torch.float32, torch.bfloat16))
+    rows = torch.randint(101, (3, 12), generator=torch.Generator().manual_seed(3))
+    right, plain = exact(rows), model(rows).float()
+    lay_out_for_decoding(model)
+    assert not any(isinstance(module, torch.nn.Linear) for module in model.modules())
+    cache = KVCache(config, batch_size=3, max_len=20, dtype=torch.bfloat16)
+    packed = torch.cat([model(piece, cache) for piece in rows.split([5, 1, 1, 3, 2], dim=1)], dim=1)
+    assert packed.dtype == torch.bfloat16
+    assert 0 < (packed.float() - right).norm() < 1.2 * (plain - right).norm()
+
+
+@torch.no_grad()
 def test_a_truncated_cache_has_forgotten_what_was_cut() -> None:
     model = sharp_model(CONFIG)
     cache = KVCache(CONFIG, batch_size=1)

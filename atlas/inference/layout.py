@@ -1,7 +1,9 @@
-"""A weight layout for decoding on a CPU: each thread reads its own part of a matrix, in memory order.
+"""Weight layouts for decoding on a CPU.
 
 Decoding multiplies a single row by each matrix. This product reads every weight once, so memory bandwidth limits its
-speed. If the matrix is row-major, PyTorch reads it in only one thread.
+speed. If an fp32 matrix is row-major, PyTorch reads it in only one thread; here, each thread reads its own part of the
+matrix, in memory order. A bf16 matrix has to be in the layout of the processor's instructions. PyTorch would convert it
+for each product, which takes longer than the product of a few rows; here, it is converted once.
 """
 
 from __future__ import annotations
@@ -15,12 +17,15 @@ from atlas.model import AtlasLM
 
 @torch.no_grad()
 def lay_out_for_decoding(model: AtlasLM, *, parts: int | None = None) -> None:
-    """Split each weight matrix of `model` into `parts` parts, one per thread. The default is PyTorch's number of
-    threads.
+    """Change the layout of each weight matrix of `model`. A matrix that is not in bf16 is split into `parts` parts, one
+    per thread. The default is PyTorch's number of threads.
 
     The model still computes the same function. Use the model only for decoding, since its state dict no longer matches
     a checkpoint.
     """
+    if model.head_weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        _pack(model)
+        return
     parts = parts or torch.get_num_threads()
     for block in model.blocks:
         for module, names in ((block.attention, ("qkv", "output")), (block.mlp, ("up", "down"))):
@@ -34,6 +39,32 @@ def lay_out_for_decoding(model: AtlasLM, *, parts: int | None = None) -> None:
         del model.lm_head
     # The attribute `head` of the instance overrides the method `head` of the class.
     model.head = head.forward  # type: ignore[method-assign, assignment]
+
+
+def _pack(model: AtlasLM) -> None:
+    for block in model.blocks:
+        for module, names in ((block.attention, ("qkv", "output")), (block.mlp, ("up", "down"))):
+            for name in names:
+                linear = getattr(module, name)
+                setattr(module, name, PackedLinear(linear.weight, linear.bias))
+    head = PackedLinear(model.head_weight, None)
+    if not model.config.tie_embeddings:
+        del model.lm_head
+    model.head = head.forward  # type: ignore[method-assign, assignment]
+
+
+class PackedLinear(nn.Module):
+    """A linear layer in bf16, whose weight (N, K) has oneDNN's layout for products of a few rows."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (…, K) to (…, N)."""
+        packed: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return packed
 
 
 class SplitLinear(nn.Module):
