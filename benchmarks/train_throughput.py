@@ -4,18 +4,20 @@
     python benchmarks/train_throughput.py --preset nano --rounds 8
     python benchmarks/train_throughput.py --peer nanoGPT=../nanoGPT         beside nanoGPT too, eager and compiled
     python benchmarks/train_throughput.py --peer first=../Atlas-first       beside Atlas's first implementation
+    python benchmarks/train_throughput.py --precision both                  each program in fp32 and in bf16
     python benchmarks/train_throughput.py --device cuda --preset small --batch-size 16
 
 Each program runs in a separate process, with the preset's shape and GPT-2's vocabulary of 50,257 tokens (nanoGPT has
 50,304 embedding rows, as its author advises). Dropout is 0, biases are on, and the optimizer is AdamW with gradient
-clipping. Each program trains on random tokens, in fp32 on a CPU and in bf16 (autocast) on a GPU. After a warm-up, the
-processes take turns: one computes an update, while the others wait without computing. The table shows medians. Peak
-memory is that of the process, or of the allocator on a GPU. A peer's folder contains a `model.py` with nanoGPT's `GPT`
-and `GPTConfig`, or the package `atlas` of the first Atlas.
+clipping. Each program trains on random tokens. By default, it computes in fp32 on a CPU and in bf16 (autocast) on a
+GPU. After a warm-up, the processes take turns: one computes an update, while the others wait without computing. The
+table shows medians. Peak memory is that of the process, or of the allocator on a GPU. A peer's folder contains a
+`model.py` with nanoGPT's `GPT` and `GPTConfig`, or the package `atlas` of the first Atlas.
 
 The row "matrix products alone" shows the speed at which an update would take only the time of its matrix products.
 These products need 6 FLOPs per weight and token; attention counts as causal. The script measures the FLOP/s of a large
-matrix product in the same precision. MFU (model FLOPs utilisation) is a program's fraction of this speed.
+matrix product in the same precision, with `--precision both` in bf16. MFU (model FLOPs utilisation) is a program's
+fraction of this speed. The last lines compare Atlas with the fastest way to run each peer.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,12 @@ class Shape:
     device: str
     vocabulary: int = VOCABULARY
     micro_batches: int = 1
+    precision: str = ""
+    """`fp32` or `bf16`; by default bf16 on a GPU, and fp32 on a CPU."""
+
+    @property
+    def is_bf16(self) -> bool:
+        return self.precision == "bf16" or (not self.precision and self.device == "cuda")
 
     @property
     def padded_vocabulary(self) -> int:
@@ -83,7 +91,7 @@ def atlas(shape: Shape, folder: str) -> Step:
     training = {
         "batch_size": shape.batch_size // shape.micro_batches,
         "gradient_accumulation_steps": shape.micro_batches,
-        "precision": "bf16" if shape.device == "cuda" else "fp32",
+        "precision": "bf16" if shape.is_bf16 else "fp32",
         "compile": "on" if folder == "compiled" else "off",
     }
     return atlas_step(resolve({"model": model, "training": training, "device": shape.device}))
@@ -198,7 +206,7 @@ def transformers(shape: Shape, folder: str) -> Step:
 def _plain_step(shape: Shape, network: Any, optimizer: Any, loss_of: Callable[[Any, Any], Any]) -> Step:
     import torch
 
-    bf16 = torch.autocast(shape.device, dtype=torch.bfloat16, enabled=shape.device == "cuda")
+    bf16 = torch.autocast(shape.device, dtype=torch.bfloat16, enabled=shape.is_bf16)
 
     def step() -> None:
         tokens = torch.randint(0, shape.vocabulary, (shape.batch_size, shape.context + 1)).to(shape.device)
@@ -219,7 +227,7 @@ def products(shape: Shape, folder: str) -> Step:
     import torch
 
     size = 8192 if shape.device == "cuda" else 2048
-    dtype = torch.bfloat16 if shape.device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if shape.is_bf16 else torch.float32
     a, b = (torch.randn(size, size, device=shape.device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
 
@@ -295,6 +303,15 @@ def trainee(name: str, kind: str, shape: Shape, folder: str = "") -> Trainee:
     return Trainee(Contender(name, command))
 
 
+def in_both(shape: Shape, peers: list[str], *, compiled: bool) -> Iterator[Trainee]:
+    """Yield Atlas in bf16 first, and every program in bf16 and in fp32. The first Atlas has no bf16."""
+    for precision in ("bf16", "fp32"):
+        for one in trainees(replace(shape, precision=precision), peers, compiled=compiled):
+            one.contender.name += f", {precision}"
+            if precision == "fp32" or "first" not in one.contender.command:
+                yield one
+
+
 def trainees(shape: Shape, peers: list[str], *, compiled: bool) -> Iterator[Trainee]:
     """Yield Atlas first, then the available peers."""
     yield trainee("Atlas", "atlas", shape)
@@ -339,6 +356,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled contenders")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "both"], default="")
     add_record_option(parser)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -348,7 +366,10 @@ def main() -> None:
         return
 
     shape = shape_of(arguments.preset, arguments.batch_size, arguments.device, arguments.context)
-    chosen = list(trainees(shape, arguments.peer, compiled=not arguments.no_compile))
+    is_both = arguments.precision == "both"
+    shape = replace(shape, precision="bf16" if is_both else arguments.precision)
+    list_all = in_both if is_both else trainees
+    chosen = list(list_all(shape, arguments.peer, compiled=not arguments.no_compile))
     ceiling = trainee("matrix products alone", "products", shape)
     with recorded("Training throughput", arguments):
         # On a GPU the compilation takes longest, and each contender has its own CPU core. On a CPU, contenders would
@@ -375,7 +396,7 @@ def shape_of(preset: str, batch_size: int, device: str, context: int | None = No
 
 def report(preset: str, shape: Shape, contenders: list[Trainee], ceiling: Trainee) -> None:
     first = contenders[0]
-    precision = "bf16" if shape.device == "cuda" else "fp32"
+    precision = "bf16" if shape.is_bf16 else "fp32"
     print(
         f"{preset}: {shape.num_layers} × {shape.hidden_size}, batch {shape.batch_size} × {shape.context}, "
         f"{shape.device}, {precision}, medians of {len(first.seconds)} updates\n"
@@ -395,6 +416,17 @@ def report(preset: str, shape: Shape, contenders: list[Trainee], ceiling: Traine
         f"\nA matrix product runs at {rate / 1e9:,.0f} GFLOP/s in {precision}; those of an update have "
         f"{shape.matrix_flops / 1e9:,.0f} GFLOP."
     )
+    by_program: dict[str, list[Trainee]] = {}
+    for one in contenders:
+        by_program.setdefault(one.name.split(",")[0], []).append(one)
+    ours, *peers = by_program.values()
+    best = max(speed[one.name] for one in ours)
+    for program in peers:
+        fastest = max(program, key=lambda one: speed[one.name])
+        print(
+            f"Atlas's best ÷ {fastest.name}, the fastest way to run it: {best / speed[fastest.name]:.2f}; memory of "
+            f"{first.name} ÷ its: {first.peak / fastest.peak:.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ devices or files. Shapes: B batch, T tokens, C hidden_size, V vocab_size.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,10 +107,16 @@ class AtlasLM(nn.Module):
         return self.head(self.hidden_states(tokens, cache, documents))
 
     def hidden_states(
-        self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
+        *,
+        table: Tensor | None = None,
     ) -> Tensor:
-        """Return the hidden states (B, T, C) of `tokens` (B, T) after the final norm: the input of `head`."""
-        x, context = self.embed(tokens, cache, documents)
+        """Return the hidden states (B, T, C) of `tokens` (B, T) after the final norm: the input of `head`. `table` is
+        the first result of `tables`."""
+        x, context = self.embed(tokens, cache, documents, table=table)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, context, use_reentrant=False)
@@ -120,12 +127,17 @@ class AtlasLM(nn.Module):
         return self.final_norm(x)  # type: ignore[no-any-return]
 
     def embed(
-        self, tokens: Tensor, cache: KVCache | None = None, documents: Tensor | None = None
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        documents: Tensor | None = None,
+        *,
+        table: Tensor | None = None,
     ) -> tuple[Tensor, Context]:
         """Return, for `tokens` (B, T), the residual stream (B, T, C) before the first block, and the context for every
         block's attention."""
         context = self._context(tokens, cache, documents)
-        x = self._look_up(tokens)
+        x = self.token_embedding(tokens) if table is None else F.embedding(tokens, table, sparse=True)
         if self.config.position == "learned":
             x = x + self.position_embedding(context.positions)
         return self.dropout(x), context
@@ -154,15 +166,15 @@ class AtlasLM(nn.Module):
             )
         return Context(positions, mask, rotation, cache)
 
-    def _look_up(self, tokens: Tensor) -> Tensor:
-        """Return the embeddings (B, T, C) of `tokens` (B, T)."""
-        # The head's gradient is already in the tied weight when autograd adds the embedding's gradient. A sparse
-        # gradient is added only to the rows of the tokens. A dense gradient would need as much memory as the full
-        # weight, and took 4 % of an update of `tiny` on a CPU.
-        is_on_cpu = self.config.tie_embeddings and tokens.device.type == "cpu"
-        if is_on_cpu and torch.is_grad_enabled() and self.token_embedding.weight.requires_grad:
-            return F.embedding(tokens, self.token_embedding.weight, sparse=True)
-        return self.token_embedding(tokens)  # type: ignore[no-any-return]
+    def tables(self) -> tuple[Tensor | None, Tensor]:
+        """Return the tables of the embedding and of the head for a forward and a backward pass. The first is None if
+        the embedding uses its own table. On a CPU, the gradients of tied tables are added in place."""
+        weight = self.token_embedding.weight
+        is_shared = self.config.tie_embeddings and weight.device.type == "cpu" and weight.requires_grad
+        if is_shared and torch.is_grad_enabled():
+            embedding, head = _TiedTables.apply(weight)  # type: ignore[no-untyped-call]
+            return embedding, head
+        return None, self.head_table
 
     @property
     def head_table(self) -> Tensor:
@@ -186,6 +198,24 @@ class AtlasLM(nn.Module):
         tables = 1 if self.config.tie_embeddings else 2
         padding = self.config.padded_vocab_size - self.config.vocabulary
         return total - tables * padding * self.config.hidden_size
+
+
+class _TiedTables(torch.autograd.Function):
+    """The same table for the embedding and for the head. The embedding's gradient is sparse, since a batch has only
+    some of the tokens; it is added to those rows of the head's gradient. Autograd itself would copy the head's
+    gradient, which is the largest tensor of a small model."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return weight.view_as(weight), weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Tensor | None:
+        embedding, head = gradients
+        if embedding is None or head is None:
+            return embedding if head is None else head
+        return head.add_(embedding)
 
 
 def build_model(config: ModelConfig, *, seed: int | None = None) -> AtlasLM:

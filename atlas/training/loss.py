@@ -167,9 +167,12 @@ class SummedLoss(nn.Module):
         """Return the summed loss, a scalar. Token ids, targets and document numbers have shape (B, T). Only a custom
         loss needs `num_valid`, the number of valid targets."""
         if self.custom_loss is None or not self.training:
-            hidden = self.model.hidden_states(inputs, documents=documents)
-            table, vocabulary = self.model.head_table, self.model.config.vocabulary
-            return linear_cross_entropy(hidden, table, targets, vocabulary=vocabulary, compiled=self.compiled)
+            of_embedding, of_head = self.model.tables()
+            hidden = self.model.hidden_states(inputs, documents=documents, table=of_embedding)
+            vocabulary = self.model.config.vocabulary
+            return linear_cross_entropy(
+                hidden, of_head, targets, vocabulary=vocabulary, compiled=self.compiled
+            )
         logits = self.model(inputs, documents=documents)
         if num_valid == 0:  # a mean over no tokens is undefined
             return logits.sum() * 0.0  # type: ignore[no-any-return]

@@ -18,13 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from atlas.config import TrainingConfig
+from atlas.config import ModelConfig, TrainingConfig
 from atlas.config.loader import nested, overlay, resolve
 from atlas.data import IGNORE_INDEX
 from atlas.errors import AtlasError
-from atlas.model import AtlasLM
+from atlas.model import AtlasLM, build_model
 from atlas.training.devices.device import choose_device, seed_micro_step, setup_runtime
-from atlas.training.loss import compute_lm_loss, linear_cross_entropy, load_loss
+from atlas.training.loss import SummedLoss, compute_lm_loss, linear_cross_entropy, load_loss
 from atlas.training.optimizers.build import build_optimizer
 from atlas.training.schedule import horizon_steps, learning_rate_at
 from atlas.training.train import train
@@ -131,6 +131,23 @@ def test_a_loss_of_a_probability_too_small_for_fp32_is_right(dtype: torch.dtype)
     hidden, weight = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[500.0, 0.0], [0.0, 1.0]])
     loss = linear_cross_entropy(hidden.to(dtype), weight.to(dtype), torch.tensor([[1]]))
     assert float(loss) == pytest.approx(500)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tables_give_the_gradients_of_the_logits(tied: bool, tiny_config: ModelConfig) -> None:
+    """Of two micro-batches, and with tokens that occur several times."""
+    model = build_model(tiny_config.model_copy(update={"tie_embeddings": tied}), seed=0)
+    batches = torch.randint(0, 9, (2, 2, 3, 7))
+    gradients = []
+    for loss in (SummedLoss(model), lambda x, y: compute_lm_loss(model(x), y, reduction="sum")):
+        model.zero_grad()
+        for inputs, targets in batches:
+            loss(inputs, targets).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-6, msg=name)
+    with torch.no_grad():
+        assert float(SummedLoss(model)(*batches[0])) == pytest.approx(float(loss(*batches[0])), rel=1e-5)
 
 
 def test_loss_in_chunks_is_differentiable_once_and_not_without_need() -> None:
