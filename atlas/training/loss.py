@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atlas.config.config import LOSS_CHUNK_TOKENS
+from atlas.config.config import LOSS_CHUNK_TOKENS, LOSS_FP32_ROWS
 from atlas.config.user_code import names_code
 from atlas.data.sequences.dataset import IGNORE_INDEX
 from atlas.errors import AtlasError
@@ -25,9 +25,6 @@ from atlas.training.loss_cuda import LossAndGradients, linear_cross_entropy_on_c
 LossFunction = Callable[..., Tensor]
 """`(logits (B, T, V), targets (B, T), mask=None) → loss`, a scalar: the mean over the tokens whose `mask` (B, T) is not
 zero."""
-_FP32_ROWS = 32
-"""In half precision, the probabilities of this number of rows exist in fp32 at a time. They fit into a processor's
-cache."""
 _PRODUCT_ROWS = 2048
 """In half precision, this number of rows of the LM head's gradient is computed at a time."""
 
@@ -117,10 +114,10 @@ def _softmax_gradient_(logits: Tensor, goals: Tensor) -> Tensor:
     if logits.dtype == torch.float32:
         torch.softmax(logits, dim=-1, out=logits)
         return losses.sub_(_subtract_goals_(logits, goals).log())
-    probs = logits.new_empty(min(_FP32_ROWS, len(logits)), logits.shape[1], dtype=torch.float32)
+    probs = logits.new_empty(min(LOSS_FP32_ROWS, len(logits)), logits.shape[1], dtype=torch.float32)
     largest = []
     for some, some_goals in zip(
-        *(torch.split(tensor, _FP32_ROWS) for tensor in (logits, goals)), strict=True
+        *(torch.split(tensor, LOSS_FP32_ROWS) for tensor in (logits, goals)), strict=True
     ):
         torch.softmax(some, dim=-1, dtype=torch.float32, out=probs[: len(some)])
         largest.append(_subtract_goals_(probs[: len(some)], some_goals))

@@ -219,7 +219,8 @@ import json, sys
 import torch
 from atlas.config.loader import resolve
 from atlas.model import build_model
-from atlas.training.loss import linear_cross_entropy
+from atlas.training.devices.device import Runtime
+from atlas.training.loss import SummedLoss
 from atlas.training.optimizers.build import build_optimizer
 
 config = resolve(json.loads(sys.argv[1]))
@@ -228,12 +229,14 @@ model.gradient_checkpointing = config.training.gradient_checkpointing
 optimizer = build_optimizer(model, config.training)
 shape = (config.training.batch_size, config.model.max_seq_len)
 
-def loss(tokens):
-    return linear_cross_entropy(model.hidden_states(tokens), model.head_weight, tokens) / tokens.numel()
+runtime, objective = Runtime(torch.device("cpu"), config.training.precision), SummedLoss(model)
 
 for _ in range(3):
     for _ in range(config.training.gradient_accumulation_steps):
-        loss(torch.randint(config.model.vocab_size, shape)).backward()
+        tokens = torch.randint(config.model.vocab_size, shape)
+        with runtime.autocast():
+            loss = objective(tokens, tokens) / tokens.numel()
+        loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -281,8 +284,10 @@ print(int(status["VmHWM"].split()[0]) * 1024)
     ],
     ids=["tiny", "nano", "tiny with gradient checkpointing"],
 )
-def test_training_memory_is_near_the_measured_peak(sections: dict) -> None:
-    assert_near_the_measured_peak(resolve(overlay({"training": {"batch_size": 2}}, sections)))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_memory_is_near_the_measured_peak(sections: dict, precision: str) -> None:
+    training = {"batch_size": 2, "precision": precision}
+    assert_near_the_measured_peak(resolve(overlay({"training": training}, sections)))
 
 
 @pytest.mark.slow
@@ -295,6 +300,7 @@ def test_training_memory_with_another_optimizer_is_near_the_measured_peak(optimi
         "gradient_accumulation_steps": 2,
         "gradient_checkpointing": True,
         "optimizer": optimizer_name,
+        "precision": "fp32",
     }
     assert_near_the_measured_peak(resolve({"model": shape, "training": training}))
 

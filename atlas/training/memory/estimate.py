@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 
 from atlas.config import AtlasConfig, TrainingConfig
-from atlas.config.config import CUDA_LOSS_BYTES, LOSS_CHUNK_TOKENS
+from atlas.config.config import CUDA_LOSS_BYTES, LOSS_CHUNK_TOKENS, LOSS_FP32_ROWS
 from atlas.config.model import FLEX_HEAD_SIZE
 from atlas.model.cost import (
     Execution,
@@ -115,7 +115,9 @@ def estimate_training_memory(config: AtlasConfig, *, device: str, keeps_all: boo
         gradients = trainable
         at_loss = max(at_loss, step - kept - half_weights)
     else:
-        gradients = max(0, trainable + max(2 * _table_gradient(config), step) - kept - at_loss)
+        # Autograd makes a new tensor for the sum of the gradients of tied tables, see `AtlasLM.tables`.
+        copies = 1 if device == "cpu" and model.tie_embeddings and not training.loss else 2
+        gradients = max(0, trainable + max(copies * _table_gradient(config), step) - kept - at_loss)
     return TrainingMemory(
         weights=width * sum(weight.size for weight in weights),
         optimizer=state_bytes(model, config.lora, training),
@@ -174,10 +176,10 @@ def _at_the_loss(config: AtlasConfig, tokens: int, *, half: bool, device: str) -
     if device == "cuda":  # without a compiled kernel, the logits have two more copies in fp32
         logit = width + (2 * _FP32 if config.training.compile == "off" else 0)
         return gradients + min(tokens * model.padded_vocab_size * logit, CUDA_LOSS_BYTES)
-    # In half precision, the LM head has a second gradient, and a chunk has separate tensors for its logits,
-    # log-probabilities and gradient.
-    chunk = min(tokens, LOSS_CHUNK_TOKENS) * model.vocabulary * _FP32
-    return gradients + (table // 2 + 2 * chunk if half else chunk)
+    # In half precision, the probabilities of some rows exist in fp32.
+    rows = min(tokens, LOSS_CHUNK_TOKENS)
+    fp32_rows = min(rows, LOSS_FP32_ROWS) if half else 0
+    return gradients + model.vocabulary * (rows * width + fp32_rows * _FP32)
 
 
 def memory_of_a_step(config: AtlasConfig, *, device: str) -> int:
