@@ -134,15 +134,17 @@ def _why_no_cuda() -> str:
 def why_not_in(precision: str, device: torch.device) -> str | None:
     """Return the reason why `device` does not support `precision`, a value of `training.precision`. Return None if the
     device supports it."""
+    if device.type == "mps" and precision == "bf16-true":
+        return "is not supported on mps"
     precision = precision.removesuffix("-true")
+    if device.type == "mps" and precision == "bf16" and not torch.backends.mps.is_macos_or_newer(14, 0):
+        return "needs macOS 14"
     if device.type == "cuda" and precision == "bf16" and not _gpu_has_bf16():
         return "this GPU does not compute in it"
     if device.type == "cpu" and precision == "bf16" and not cpu_computes_in_bf16():
         return "this CPU lacks bf16 arithmetic and would be hundreds of times slower"
     if device.type == "cpu" and precision == "fp16":
         return "is for GPUs"
-    if device.type == "mps" and precision != "fp32":
-        return "is not supported on mps"
     return None
 
 

@@ -13,7 +13,7 @@ from atlas.config.loader import resolve
 from atlas.errors import AtlasError
 from atlas.machine import cpu_computes_in_bf16
 from atlas.training.checkpoint.load import load_checkpoint
-from atlas.training.devices.device import computes_in_half, setup_runtime
+from atlas.training.devices.device import computes_in_half, setup_runtime, why_not_in
 from tests.runs import layer, logged, resumes_with_the_same_bits, start_process, trained, write_config
 
 ZEN_4 = "processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_bf16 avx512_vnni\nbugs\t\t:\n"
@@ -130,6 +130,29 @@ def test_a_precision_that_was_set_is_refused_only_where_it_is_set_anew(
     computes(True)  # type: ignore[operator]
     trained(layer(folder, text_file, training__max_steps=6, training__precision="auto"))
     assert load_checkpoint(folder / "atlas_step_6.pt")["machine"]["precision"] == "bf16"
+
+
+def test_an_apple_gpu_has_half_precision_but_no_weights_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    mps = torch.device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: True)
+    reasons = {name: why_not_in(name, mps) for name in ("fp32", "fp16", "bf16", "bf16-true")}
+    assert reasons == {"fp32": None, "fp16": None, "bf16": None, "bf16-true": "is not supported on mps"}
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: False)
+    assert why_not_in("bf16", mps) == "needs macOS 14"
+
+
+@pytest.mark.skipif(not torch.backends.mps.is_available(), reason="needs an Apple GPU")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_on_an_apple_gpu_learns_as_fp32_does(
+    precision: str, tmp_path: Path, text_file: Path
+) -> None:
+    losses = []
+    for name in (precision, "fp32"):
+        folder = tmp_path / name
+        explicit = layer(folder, text_file, training__max_steps=30, training__precision=name)
+        trained(explicit | {"device": "mps"})
+        losses.append([line["loss"] for line in logged(folder)])
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
 @pytest.mark.slow
