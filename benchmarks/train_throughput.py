@@ -5,6 +5,7 @@
     python benchmarks/train_throughput.py --peer nanoGPT=../nanoGPT         beside nanoGPT too, eager and compiled
     python benchmarks/train_throughput.py --peer first=../Atlas-first       beside Atlas's first implementation
     python benchmarks/train_throughput.py --precision both                  each program in fp32 and in bf16
+    python benchmarks/train_throughput.py --whole                           also a whole run of atlas train
     python benchmarks/train_throughput.py --device cuda --preset small --batch-size 16
 
 Each program runs in a separate process, with the preset's shape and GPT-2's vocabulary of 50,257 tokens (nanoGPT has
@@ -12,7 +13,8 @@ Each program runs in a separate process, with the preset's shape and GPT-2's voc
 clipping. Each program trains on random tokens. By default, it computes in fp32 on a CPU and in bf16 (autocast) on a
 GPU. After a warm-up, the processes take turns: one computes an update, while the others wait without computing. The
 table shows medians. Peak memory is that of the process, or of the allocator on a GPU. A peer's folder contains a
-`model.py` with nanoGPT's `GPT` and `GPTConfig`, or the package `atlas` of the first Atlas.
+`model.py` with nanoGPT's `GPT` and `GPTConfig`, or the package `atlas` of the first Atlas. The contender "atlas train"
+is a run with data, log and progress bar, and with the copy of the state from which it saves in the background.
 
 The row "matrix products alone" shows the speed at which an update would take only the time of its matrix products.
 These products need 6 FLOPs per weight and token; attention counts as causal. The script measures the FLOP/s of a large
@@ -25,8 +27,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import random
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -128,6 +132,48 @@ def atlas_step(config: Any, micro_batch: int | None = None, *, keeps_little: boo
         state.step += 1
 
     return step
+
+
+def atlas_train(shape: Shape, folder: str) -> Step:
+    """Return a function that runs an update of a run as `atlas train` starts it."""
+    from atlas.process import set_up_process
+
+    set_up_process()
+    from atlas.training.launch import start_run
+    from atlas.training.resume import Request, choose_start
+
+    place = tempfile.TemporaryDirectory()
+    text = Path(place.name, "text.txt")
+    words = ["".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=5)) for _ in range(9999)]
+    text.write_text("\n".join(" ".join(random.choices(words, k=200)) for _ in range(2000)))
+    model = {name: getattr(shape, name) for name in ("hidden_size", "num_layers", "num_heads")}
+    explicit = {
+        "device": shape.device,
+        "model": {**model, "max_seq_len": shape.context},
+        "data": {"train_data": str(text), "val_fraction": 0},
+        "training": {
+            "batch_size": shape.batch_size,
+            "max_steps": 10**6,
+            "precision": "bf16" if shape.is_bf16 else "fp32",
+        },
+        "checkpoint": {"output_dir": str(Path(place.name, "run")), "save_interval": 10**6},
+        "tracking": {"samples": 0},
+    }
+    updates = _updates(start_run(choose_start(Request(explicit))), place)
+    return lambda: next(updates)
+
+
+def _updates(run: Any, place: Any) -> Iterator[None]:
+    """Run the training loop, and yield after each update. `place` is a temporary folder that lives as long."""
+    from atlas.training.train import _running, train_step
+
+    with _running(run) as after_update:
+        run.keep_snapshot()
+        stream = run.batches()
+        while Path(place.name).exists():
+            train_step(run, stream)
+            after_update()
+            yield
 
 
 def nanogpt(shape: Shape, folder: str) -> Step:
@@ -240,6 +286,7 @@ def products(shape: Shape, folder: str) -> Step:
 
 KINDS = {
     "atlas": atlas,
+    "atlas train": atlas_train,
     "nanogpt": nanogpt,
     "first": first_atlas,
     "transformers": transformers,
@@ -303,18 +350,20 @@ def trainee(name: str, kind: str, shape: Shape, folder: str = "") -> Trainee:
     return Trainee(Contender(name, command))
 
 
-def in_both(shape: Shape, peers: list[str], *, compiled: bool) -> Iterator[Trainee]:
+def in_both(shape: Shape, peers: list[str], *, compiled: bool, whole: bool = False) -> Iterator[Trainee]:
     """Yield Atlas in bf16 first, and every program in bf16 and in fp32. The first Atlas has no bf16."""
     for precision in ("bf16", "fp32"):
-        for one in trainees(replace(shape, precision=precision), peers, compiled=compiled):
+        for one in trainees(replace(shape, precision=precision), peers, compiled=compiled, whole=whole):
             one.contender.name += f", {precision}"
             if precision == "fp32" or "first" not in one.contender.command:
                 yield one
 
 
-def trainees(shape: Shape, peers: list[str], *, compiled: bool) -> Iterator[Trainee]:
+def trainees(shape: Shape, peers: list[str], *, compiled: bool, whole: bool = False) -> Iterator[Trainee]:
     """Yield Atlas first, then the available peers."""
     yield trainee("Atlas", "atlas", shape)
+    if whole:
+        yield trainee("atlas train", "atlas train", shape)
     if compiled:
         yield trainee("Atlas, compiled", "atlas", shape, "compiled")
     for peer in peers:
@@ -357,6 +406,7 @@ def main() -> None:
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--no-compile", action="store_true", help="leave out the compiled contenders")
     parser.add_argument("--precision", choices=["fp32", "bf16", "both"], default="")
+    parser.add_argument("--whole", action="store_true", help="also a whole run of atlas train")
     add_record_option(parser)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -369,7 +419,7 @@ def main() -> None:
     is_both = arguments.precision == "both"
     shape = replace(shape, precision="bf16" if is_both else arguments.precision)
     list_all = in_both if is_both else trainees
-    chosen = list(list_all(shape, arguments.peer, compiled=not arguments.no_compile))
+    chosen = list(list_all(shape, arguments.peer, compiled=not arguments.no_compile, whole=arguments.whole))
     ceiling = trainee("matrix products alone", "products", shape)
     with recorded("Training throughput", arguments):
         # On a GPU the compilation takes longest, and each contender has its own CPU core. On a CPU, contenders would
@@ -416,17 +466,16 @@ def report(preset: str, shape: Shape, contenders: list[Trainee], ceiling: Traine
         f"\nA matrix product runs at {rate / 1e9:,.0f} GFLOP/s in {precision}; those of an update have "
         f"{shape.matrix_flops / 1e9:,.0f} GFLOP."
     )
-    by_program: dict[str, list[Trainee]] = {}
-    for one in contenders:
-        by_program.setdefault(one.name.split(",")[0], []).append(one)
-    ours, *peers = by_program.values()
-    best = max(speed[one.name] for one in ours)
-    for program in peers:
-        fastest = max(program, key=lambda one: speed[one.name])
-        print(
-            f"Atlas's best ÷ {fastest.name}, the fastest way to run it: {best / speed[fastest.name]:.2f}; memory of "
-            f"{first.name} ÷ its: {first.peak / fastest.peak:.2f}"
-        )
+    fastest: dict[str, Trainee] = {}
+    for one in sorted(contenders, key=lambda one: speed[one.name]):
+        fastest[one.name.split(",")[0]] = one
+    ours = [fastest.pop(program) for program in ("Atlas", "atlas train") if program in fastest]
+    for peer in fastest.values():
+        for one in ours:
+            print(
+                f"{one.name} ÷ {peer.name}, the fastest way to run it: {speed[one.name] / speed[peer.name]:.2f} of its "
+                f"tokens/s, {one.peak / peer.peak:.2f} of its memory"
+            )
 
 
 if __name__ == "__main__":
