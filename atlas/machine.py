@@ -69,8 +69,8 @@ def _left_in_container(cgroup: Path) -> int:
 
 def cpu_computes_in_bf16() -> bool:
     """Whether this CPU multiplies matrices in bf16 faster than in fp32: with AMX (Intel Xeon since Sapphire Rapids) or
-    with AVX512-BF16 (AMD since Zen 4, some Intel Xeon). Other CPUs emulate bf16, and are up to hundreds of times slower
-    in it than in fp32."""
+    with AVX512-BF16 (AMD since Zen 4, some Intel Xeon), on Linux. Most other CPUs emulate bf16, and are up to hundreds
+    of times slower in it than in fp32."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if os.environ.get(_ISA_LIMIT, "").upper() in _WITHOUT_BF16:

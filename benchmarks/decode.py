@@ -6,9 +6,10 @@
 
 The model has random weights, the preset's shape and GPT-2's vocabulary. The model generates greedily, in f32 or bf16.
 Atlas runs the code of `atlas generate`. transformers runs `generate` with a KV cache. llama.cpp (package `xllamacpp`)
-runs the file that Atlas exports in the slots of its server, with an f32 KV cache. In bf16, the script does not measure
-llama.cpp. All programs have the same number of threads. Each program is a separate process. The processes take turns,
-and the table shows medians. If a program is not installed, the script leaves it out and prints a note.
+runs the file that Atlas exports in the slots of its server, with an f32 KV cache. With `--dtype bf16`, llama.cpp runs
+files in f32, f16 and bf16, on a CPU only. All programs have the same number of threads. Each program is a separate
+process. The processes take turns, and the table shows medians. If a program is not installed, the script leaves it out
+and prints a note.
 
 The script records the time of each token. Counting starts when every text has its first token, so the time to read the
 prompt does not count. "Over the context" shows the milliseconds per token in the first and the last quarter of a text
@@ -28,7 +29,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,14 @@ class Shape:
     device: str
     threads: int
     gguf: str
+    """The folder with a GGUF file of each of llama.cpp's types."""
     dtype: str = "f32"
+
+    @property
+    def gguf_types(self) -> list[str]:
+        if self.dtype == "bf16":
+            return [] if self.device == "cuda" else ["f32", "f16", "bf16"]
+        return ["f32"]
 
     def model(self) -> Any:
         """Return a model with the same weights in every process. The row of end-of-text is zero, so that end-of-text is
@@ -147,7 +156,7 @@ def transformers(shape: Shape) -> Write:
     return write
 
 
-def llama_cpp(shape: Shape, slots: int) -> Write:
+def llama_cpp(shape: Shape, kind: str, slots: int) -> Write:
     import xllamacpp
 
     if shape.device == "cuda":
@@ -155,7 +164,7 @@ def llama_cpp(shape: Shape, slots: int) -> Write:
         if gpu not in [device["type"] for device in xllamacpp.get_device_info()]:
             raise SystemExit("this xllamacpp is built without support for the GPU")
     params = xllamacpp.CommonParams()
-    params.model.path = shape.gguf
+    params.model.path = str(Path(shape.gguf, f"{kind}.gguf"))
     params.n_parallel = slots
     params.n_ctx = slots * shape.model().config.max_seq_len
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = shape.threads
@@ -192,9 +201,10 @@ def llama_cpp(shape: Shape, slots: int) -> Write:
 KINDS: dict[str, Callable[[Shape], Write]] = {
     "atlas": atlas,
     "transformers": transformers,
-    "llama.cpp": lambda shape: llama_cpp(shape, 1),
-    "llama.cpp, 8 slots": lambda shape: llama_cpp(shape, len(PROMPTS)),
 }
+for _type in ("f32", "f16", "bf16"):
+    for _slots in (1, len(PROMPTS)):
+        KINDS[f"llama.cpp, {_type}, {_slots}"] = partial(llama_cpp, kind=_type, slots=_slots)
 
 
 def prepare(kind: str, shape: Shape) -> Callable[[Any], Any]:
@@ -282,9 +292,11 @@ def writers(shape: Shape) -> Iterator[tuple[Writer, Writer]]:
     with llama.cpp, whose slots divide its context."""
     kinds = {"Atlas": ("atlas", "atlas"), "transformers": ("transformers", "transformers")}
     if shape.gguf:
-        kinds["llama.cpp"] = ("llama.cpp", "llama.cpp, 8 slots")
+        for kind in shape.gguf_types:
+            name = f"llama.cpp, {kind}"
+            kinds[name] = (f"{name}, 1", f"{name}, {len(PROMPTS)}")
     else:
-        print("llama.cpp: left out: xllamacpp is not installed, or the weights are not f32", file=sys.stderr)
+        print("llama.cpp: left out: xllamacpp is not installed, or this is bf16 on a GPU", file=sys.stderr)
     if not importlib.util.find_spec("transformers"):
         print("transformers: is not installed and left out", file=sys.stderr)
         del kinds["transformers"]
@@ -375,13 +387,13 @@ def main() -> None:
     parameters = count_parameters(model.config)
     num_bytes = bytes_per_token(model)
     with tempfile.TemporaryDirectory() as folder, recorded("Decoding", arguments):
-        if importlib.util.find_spec("xllamacpp") and arguments.dtype == "f32":
+        if importlib.util.find_spec("xllamacpp") and shape.gguf_types:
             from atlas.export.gguf import export_gguf
             from atlas.tokenizer import Tokenizer
 
-            file = Path(folder, "model.gguf")
-            export_gguf(model, Tokenizer.gpt2(), file, quantize="f32")
-            shape = Shape(arguments.preset, arguments.device, threads, str(file))
+            for kind in shape.gguf_types:
+                export_gguf(model.float(), Tokenizer.gpt2(), Path(folder, f"{kind}.gguf"), quantize=kind)
+            shape = replace(shape, gguf=folder)
         del model
         pairs, rate = compare(shape, context, arguments.tokens, arguments.rounds)
         print(

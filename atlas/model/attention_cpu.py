@@ -3,9 +3,9 @@ arXiv:2205.14135).
 
 The scores of all pairs of tokens never exist at once. The forward pass computes the scores of one block of queries and
 the earlier keys, and the backward pass computes them again. Unlike FlashAttention, a block sees all of its keys at
-once, so the softmax needs no correction. Each step is a product of matrices, which a CPU computes several times as fast
-in bf16 as in fp32. PyTorch's own function does not: on an AMD EPYC with AVX-512, this code needs 0.5 of its time in
-bf16, and 0.75 in fp32 (4 × 512 tokens, 6 heads of 64, one thread).
+once, so the softmax needs no correction. In bf16, scores and attention weights are rounded to bf16, and the products
+run on the CPU's instructions for bf16. PyTorch's own function keeps scores in fp32, and is slower: on an AMD EPYC with
+AVX-512, this code needs 0.5 of its time in bf16, and 0.75 in fp32 (4 × 512 tokens, 6 heads of 64, one thread).
 
 Shapes: B batch, T tokens, H query heads, K key and value heads, G = H / K, D head_dim, N = B · K. A block has R queries
 and sees S keys.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 _BLOCK = {torch.float32: 64, torch.bfloat16: 128}
-"""Queries per block. Larger blocks compute more scores of later tokens, which are then masked."""
+"""Tokens per block. Larger blocks compute more scores of later tokens, which are then masked."""
 _FROM_TOKENS = {torch.float32: 512, torch.bfloat16: 1}
 """The number of tokens from which this code is faster than PyTorch's function."""
 
@@ -56,25 +56,24 @@ class _CausalAttention(torch.autograd.Function):
         for block, weights_NRS, _ in _weights_of_blocks(q_NGTD, k_NTD):
             out_NRD = weights_NRS @ v_NTD[:, : block.stop]
             out_NGTD[:, :, block] = out_NRD.view_as(out_NGTD[:, :, block])
+        ctx.save_for_backward(q_BHTD, k_BKTD, v_BKTD)
         # In memory, the heads of a token are neighbours, as the next matrix product needs them.
-        out_BHTD = out_NGTD.view(q_BHTD.shape).transpose(1, 2).contiguous().transpose(1, 2)
-        ctx.save_for_backward(q_BHTD, k_BKTD, v_BKTD, out_BHTD)
-        return out_BHTD
+        return out_NGTD.view(q_BHTD.shape).transpose(1, 2).contiguous().transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        q_BHTD, k_BKTD, v_BKTD, out_BHTD = ctx.saved_tensors
+        q_BHTD, k_BKTD, v_BKTD = ctx.saved_tensors
         q_NGTD, k_NTD, v_NTD = _by_key_head(q_BHTD, k_BKTD, v_BKTD)
         grad_NGTD = gradients[0].reshape(q_NGTD.shape)
-        # The softmax's gradient subtracts the mean of the weights' gradients, weighted by the weights.
-        mean_NGT1 = (grad_NGTD * out_BHTD.reshape(q_NGTD.shape)).sum(-1, keepdim=True)
         q_grad_NGTD = torch.empty_like(q_NGTD)
         k_grad_NTD, v_grad_NTD = (torch.zeros_like(tensor, dtype=torch.float32) for tensor in (k_NTD, v_NTD))
         for block, weights_NRS, q_NRD in _weights_of_blocks(q_NGTD, k_NTD):
             keys, grad_NRD = slice(block.stop), grad_NGTD[:, :, block].flatten(1, 2)
             _add_product_(v_grad_NTD[:, keys], weights_NRS.mT, grad_NRD)
-            scores_grad_NRS = grad_NRD @ v_NTD[:, keys].mT
-            scores_grad_NRS.sub_(mean_NGT1[:, :, block].flatten(1, 2)).mul_(weights_NRS)
+            weights_grad_NRS = grad_NRD @ v_NTD[:, keys].mT
+            scores_grad_NRS = torch._softmax_backward_data(
+                weights_grad_NRS, weights_NRS, -1, weights_NRS.dtype
+            )
             _add_product_(k_grad_NTD[:, keys], scores_grad_NRS.mT, q_NRD)
             by_q_NRD = scores_grad_NRS @ k_NTD[:, keys]
             q_grad_NGTD[:, :, block] = by_q_NRD.view_as(q_grad_NGTD[:, :, block])
@@ -108,7 +107,7 @@ def _weights_of_blocks(q_NGTD: Tensor, k_NTD: Tensor) -> Iterator[tuple[slice, T
         scores_NRS = q_NRD @ k_NTD[:, : block.stop].mT
         among_block = scores_NRS.view(*q_NGTD.shape[:2], -1, block.stop)[..., start:]
         among_block += later[: among_block.shape[-1], : among_block.shape[-1]]
-        yield block, scores_NRS.softmax(dim=-1), q_NRD
+        yield block, torch.softmax(scores_NRS, dim=-1, out=scores_NRS), q_NRD
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -46,9 +46,11 @@ def document_mask(documents: Tensor, *, head_size: int, dropout: float) -> Tenso
     """Return the mask with which attention is fastest on this device: sparse for FlexAttention, else dense."""
     if takes_flex_attention(documents.device, head_size=head_size, dropout=dropout):
         return sparse_mask(documents)
-    # All layers share this float mask. If the mask were bool, each layer would convert it to its own float copy and
-    # keep that copy.
-    return torch.zeros((), device=documents.device).where(dense_mask(documents), -torch.inf)
+    # All layers share this float mask. If the mask were bool, or of another dtype than the queries, each layer would
+    # convert it to its own copy and keep that copy.
+    device = documents.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return torch.zeros((), device=documents.device, dtype=dtype).where(dense_mask(documents), -torch.inf)
 
 
 def takes_flex_attention(device: torch.device, *, head_size: int, dropout: float) -> bool:

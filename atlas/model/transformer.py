@@ -104,7 +104,11 @@ class AtlasLM(nn.Module):
         `documents` (B, T) gives the number of each token's document. With `documents`, attention stays inside each
         document, and positions restart in each document.
         """
-        return self.head(self.hidden_states(tokens, cache, documents))
+        if not (self.training and torch.is_grad_enabled()):
+            return self.head(self.hidden_states(tokens, cache, documents))
+        table, of_head = self.tables()
+        hidden = self.hidden_states(tokens, cache, documents, table=table)
+        return F.linear(hidden, of_head[: self.config.vocabulary])
 
     def hidden_states(
         self,

@@ -29,7 +29,7 @@ from atlas.training.checkpoint.manifest import BASE_FILE, read_manifest
 from atlas.training.checkpoint.moves import move_aside
 from atlas.training.checkpoint.validate import check_optimizer_state
 from atlas.training.devices.compile import choose_compile, compile_blocks
-from atlas.training.devices.device import Runtime, restore_machine, setup_runtime
+from atlas.training.devices.device import Runtime, as_computed, restore_machine, setup_runtime
 from atlas.training.devices.gpu_temperature import open_sensor
 from atlas.training.devices.memory import remembered_micro_batch
 from atlas.training.devices.world import ALONE, World
@@ -86,7 +86,11 @@ def _start_run(start: Start, world: World, sampler: Sampler | None, may_exceed_b
         share_of_update(config.training.sequences_per_update, world.size)
         saved_by = start.contents.get("machine", {}) if resumes else {}
         runtime = setup_runtime(config, world, saved=saved_by if _keeps_precision(start) else {})
-        parallel = choose_parallel(config, world, runtime.device)
+    # Processors differ between machines: if one rank has only fp32, all ranks compute in it.
+    if world.any(runtime.precision == "fp32"):
+        runtime = replace(runtime, precision="fp32")
+    with world.in_step():
+        parallel = choose_parallel(as_computed(config, runtime), world, runtime.device)
         compiles = choose_compile(config, runtime.device, say=start.notes.append)
         runtime = replace(runtime, parallel=parallel, compiles=compiles)
         sensor = open_sensor(runtime.device, config.guard, say=start.notes.append)
@@ -107,7 +111,7 @@ def _start_run(start: Start, world: World, sampler: Sampler | None, may_exceed_b
     state = state or _fresh_state(config, len(train_data), runtime, log, may_exceed=may_exceed_batch_size)
     keeps_little = runtime.compiles and is_short_of_memory(config, runtime, state.micro_batch_size)
     learner = Learner(model, config, runtime, custom_loss)
-    saver = _open_saver(checkpoints, config, runtime, log)
+    saver = _open_saver(checkpoints, as_computed(config, runtime), runtime, log)
     origin = start.contents.get("initialized_from") if resumes else str(start.source or "") or None
     run = Run(learner, data, state, log, saver, origin, sampler, sensor)
     if resumes:
@@ -247,7 +251,7 @@ def _fresh_state(
     micro_batch = config.training.sequences_at_once
     if config.training.micro_batch_size == "auto":
         if runtime.parallel == "fsdp":  # a trial in a separate process would need the full model
-            micro_batch = min(micro_batch, remembered_micro_batch(config, runtime.device) or micro_batch)
+            micro_batch = min(micro_batch, remembered_micro_batch(config, runtime) or micro_batch)
         elif runtime.world.is_first:
             micro_batch = fit_micro_batch(config, runtime, say=log.say, may_exceed=may_exceed)
         micro_batch = runtime.world.all_min(micro_batch)
@@ -284,7 +288,7 @@ def _resumed_state(start: Start, data: RunData, runtime: Runtime) -> TrainState:
     if state.step >= state.horizon and not owes_evaluation:
         start.set_aside.clear()  # nothing is left to do, so newer checkpoints may stay
     # After a restart by torchrun, use the lower micro-batch size that a rank stored when it ran out of memory.
-    fewer = remembered_micro_batch(start.config, runtime.device) if num_restarts() else None
+    fewer = remembered_micro_batch(start.config, runtime) if num_restarts() else None
     size = state.micro_batch_size
     state.micro_batch_size = runtime.world.all_min(min(size, fewer or size))
     return state

@@ -109,7 +109,8 @@ def _loss_and_gradients(
 def _softmax_gradient_(logits: Tensor, goals: Tensor) -> Tensor:
     """Return the losses (N, 1), in fp32, of `logits` (N, V) against the token ids `goals` (N, 1). Replace the logits by
     their gradient: the probabilities, minus 1 at the goal."""
-    # The probability of a goal can be too small for fp32, so its logarithm is computed from the largest probability.
+    # A loss is the largest logit, minus the goal's logit, minus the logarithm of the largest probability. The goal's
+    # own probability can be too small for fp32.
     losses = logits.amax(dim=-1, keepdim=True).float() - logits.gather(1, goals)
     if logits.dtype == torch.float32:
         torch.softmax(logits, dim=-1, out=logits)
@@ -119,7 +120,7 @@ def _softmax_gradient_(logits: Tensor, goals: Tensor) -> Tensor:
     for some, some_goals in zip(
         *(torch.split(tensor, LOSS_FP32_ROWS) for tensor in (logits, goals)), strict=True
     ):
-        torch.softmax(some, dim=-1, dtype=torch.float32, out=probs[: len(some)])
+        torch.softmax(probs[: len(some)].copy_(some), dim=-1, out=probs[: len(some)])
         largest.append(_subtract_goals_(probs[: len(some)], some_goals))
         some.copy_(probs[: len(some)])
     return losses.sub_(torch.cat(largest).log())

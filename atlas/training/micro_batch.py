@@ -21,7 +21,7 @@ from atlas.errors import AtlasError, EndedElsewhere
 from atlas.machine import data_bytes, measure_memory
 from atlas.process import keep_memory
 from atlas.training.devices.compile import refuse_failed_compilation
-from atlas.training.devices.device import Runtime, setup_runtime
+from atlas.training.devices.device import Runtime, as_computed, setup_runtime
 from atlas.training.devices.memory import (
     is_out_of_memory,
     release_memory,
@@ -104,7 +104,7 @@ def gradient_within_memory(
                 raise
             if is_joint:
                 half = max(1, size // 2)
-                remember_micro_batch(learner.config, learner.runtime.device, half)
+                remember_micro_batch(learner.config, learner.runtime, half)
                 raise AtlasError(
                     f"rank {world.rank}: step {state.step + 1}: out of memory with {size} sequences per micro-batch, "
                     "when the ranks could not lower this number together: add --set training.micro_batch_size="
@@ -122,7 +122,7 @@ def gradient_within_memory(
             f"update still has {num_sequences * world.size} sequences. Atlas stores the new number for this machine "
             "and model; --set training.micro_batch_size=N sets another number"
         )
-        remember_micro_batch(learner.config, learner.runtime.device, size)
+        remember_micro_batch(learner.config, learner.runtime, size)
     return gradient
 
 
@@ -195,11 +195,12 @@ def fit_micro_batch(
     On CUDA with `may_exceed`, the size may exceed `batch_size`, up to all sequences of an update, if enough memory
     stays free. Atlas remembers the size for this machine and config. Raises `AtlasError` if not even one sequence fits.
     """
+    config = as_computed(config, runtime)
     most = config.training.batch_size
     free = measure_memory(runtime.device.type)
     if may_exceed and runtime.device.type == "cuda" and (more := _more_than_batch_size(config, runtime, say)):
         return more
-    known = remembered_micro_batch(config, runtime.device)
+    known = remembered_micro_batch(config, runtime)
     if known is not None and _estimate(config, known, runtime) <= 1.1 * free:
         if known < most:
             say(
@@ -220,7 +221,7 @@ def fit_micro_batch(
             f"training: not even one sequence fits into the {free / 1e9:.2f} GB of memory that are free: see above for "
             "what would help"
         )
-    remember_micro_batch(config, runtime.device, found)
+    remember_micro_batch(config, runtime, found)
     say(
         f"{found} of {most} sequences run per micro-batch: an update still has {config.training.sequences_per_update} "
         "sequences"
@@ -238,7 +239,7 @@ def _more_than_batch_size(config: AtlasConfig, runtime: Runtime, say: Callable[[
     """Return the largest micro-batch size above `batch_size` that splits an update almost evenly and leaves enough GPU
     memory free. Return None if there is no such size."""
     sequences = -(-config.training.sequences_per_update // runtime.world.size)
-    known = remembered_micro_batch(config, runtime.device)
+    known = remembered_micro_batch(config, runtime)
     for num_micro_batches in range(1, config.training.gradient_accumulation_steps):
         size = -(-sequences // num_micro_batches)
         if size <= config.training.batch_size:
@@ -253,7 +254,7 @@ def _more_than_batch_size(config: AtlasConfig, runtime: Runtime, say: Callable[[
         if need > limit or (known is not None and known < size):
             continue
         if known == size or _trial_fits(config, size, limit, say):
-            remember_micro_batch(config, runtime.device, size)
+            remember_micro_batch(config, runtime, size)
             say(
                 f"{size} sequences run per micro-batch: an update has {config.training.sequences_per_update}, and "
                 "there is enough GPU memory"
@@ -263,7 +264,7 @@ def _more_than_batch_size(config: AtlasConfig, runtime: Runtime, say: Callable[[
 
 
 def _estimate(config: AtlasConfig, size: int, runtime: Runtime, *, keeps_all: bool = False) -> int:
-    config = config.replace("training", micro_batch_size=size)
+    config = as_computed(config, runtime).replace("training", micro_batch_size=size)
     return estimate_training_memory(config, device=runtime.device.type, keeps_all=keeps_all).total
 
 

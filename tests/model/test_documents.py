@@ -152,6 +152,22 @@ def test_the_token_after_an_end_of_text_begins_a_document() -> None:
     assert documents_of(torch.tensor([5, 0, 7, 7, 0, 0, 1]), 0).tolist() == [0, 0, 1, 1, 1, 2, 3]
 
 
+def test_all_layers_share_one_mask_in_half_precision_too() -> None:
+    """Autocast would convert an fp32 mask in each layer, and each layer would keep its copy."""
+    model, numbers = sharp(), torch.zeros(1, 24, dtype=torch.long)
+    masks: set[int] = set()
+
+    def save(tensor: Tensor) -> Tensor:
+        if tensor.shape[-2:] == (24, 24):
+            masks.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor)
+    with torch.autocast("cpu", torch.bfloat16), hooks:
+        model.hidden_states(numbers, documents=numbers)
+    assert len(masks) == 1
+
+
 def test_gradient_checkpointing_keeps_the_mask() -> None:
     model, documents = sharp().train(), documents_from([5, 9, 10])
     tokens = torch.randint(0, 50, (1, 24), generator=torch.Generator().manual_seed(0))

@@ -48,7 +48,7 @@ class Gpu:
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Gpu:
     one = Gpu(*request.param)
     monkeypatch.setattr(micro_batch, "measure_memory", lambda device: one.free)
-    monkeypatch.setattr(micro_batch, "remembered_micro_batch", lambda config, device: one.known)
+    monkeypatch.setattr(micro_batch, "remembered_micro_batch", lambda config, runtime: one.known)
     monkeypatch.setattr(micro_batch, "remember_micro_batch", one.remember)
     monkeypatch.setattr(micro_batch, "_trial_fits", one.runs)
     return one

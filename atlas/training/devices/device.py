@@ -155,7 +155,7 @@ def _choose_precision(asked: str, device: torch.device, saved: Mapping[str, Any]
             raise AtlasError(f"training.precision: {asked}: {reason}; use {_own_precision(device)} or auto")
         return _own_precision(device) if reason else asked
     # `saved["device"]` is the name of a GPU, or the type of another device.
-    type_before = saved.get("device") if saved.get("device") in ("cpu", "mps") else "cuda"
+    type_before = saved.get("device", "cpu") if saved.get("device", "cpu") in ("cpu", "mps") else "cuda"
     before = saved.get("precision")
     if before in _DTYPES and type_before == device.type and why_not_in(before, device) is None:
         return str(before)
@@ -167,6 +167,11 @@ def _own_precision(device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if _gpu_has_bf16() else "fp16"
     return "bf16" if device.type == "cpu" and cpu_computes_in_bf16() else "fp32"
+
+
+def as_computed(config: AtlasConfig, runtime: Runtime) -> AtlasConfig:
+    """Return `config` with the precision that the run has, for estimates. A resumed run keeps its precision."""
+    return config.replace("training", precision=runtime.precision)
 
 
 def computes_in_half(precision: str, device: str) -> bool:

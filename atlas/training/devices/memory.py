@@ -59,16 +59,16 @@ def collector_spares_the_run(device: torch.device) -> Iterator[Callable[[], None
         gc.unfreeze()
 
 
-def remembered_micro_batch(config: AtlasConfig, device: torch.device) -> int | None:
+def remembered_micro_batch(config: AtlasConfig, runtime: Runtime) -> int | None:
     """Return the micro-batch size that an earlier run stored for this config and machine, or None if no run has stored
     one."""
-    value = _read(_fit_note(config, device), "micro_batch_size")
+    value = _read(_fit_note(config, runtime), "micro_batch_size")
     return value if isinstance(value, int) and value >= 1 else None
 
 
-def remember_micro_batch(config: AtlasConfig, device: torch.device, size: int) -> None:
+def remember_micro_batch(config: AtlasConfig, runtime: Runtime, size: int) -> None:
     """Store the micro-batch size that fits into memory, for later runs."""
-    _write(_fit_note(config, device), "micro_batch_size", size)
+    _write(_fit_note(config, runtime), "micro_batch_size", size)
 
 
 def remembered_peak_rate(runtime: Runtime) -> float | None:
@@ -106,16 +106,16 @@ def _speed_note(runtime: Runtime) -> Path:
     return _note("speed", facts)
 
 
-def _fit_note(config: AtlasConfig, device: torch.device) -> Path:
+def _fit_note(config: AtlasConfig, runtime: Runtime) -> Path:
     """Return the path of the file that stores the micro-batch size. The file's name is a hash of everything that
     affects what fits into memory: the model, the training settings, the device and the size of its memory."""
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
+    if runtime.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(runtime.device)
         machine = [properties.name, properties.total_memory]
     else:
-        machine = [device.type, psutil.virtual_memory().total]
+        machine = [runtime.device.type, psutil.virtual_memory().total]
     training = config.training
-    amount = [training.batch_size, training.sequences_per_update, training.precision]
+    amount = [training.batch_size, training.sequences_per_update, runtime.precision]
     method = [training.optimizer, training.gradient_checkpointing, training.compile]
     model, lora = config.model.model_dump(mode="json"), config.lora.model_dump(mode="json")
     return _note("micro_batch", [model, *amount, *method, lora, machine])

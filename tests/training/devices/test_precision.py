@@ -110,7 +110,9 @@ def test_a_run_keeps_its_precision(
     assert "when saved" not in (folder / "training.log").read_text()
     computes(False)  # type: ignore[operator]
     trained(layer(folder, text_file, training__max_steps=6))
-    assert load_checkpoint(folder / "atlas_step_6.pt")["machine"]["precision"] == "fp32"
+    saved = load_checkpoint(folder / "atlas_step_6.pt")
+    assert saved["machine"]["precision"] == "fp32"
+    assert saved["config"]["training"]["precision"] == "auto"
     log = (folder / "training.log").read_text()
     line = "precision: bf16 when saved, fp32 here: the run continues, but not with the same bits"
     assert log.count(line) == (1 if before else 0)
