@@ -39,6 +39,7 @@ def of_atlas(options: argparse.Namespace, folder: Path) -> list[float]:
     settings = [
         f"lora.rank={RANK if options.child == 'lora' else 0}",
         f"model.max_seq_len={options.context}",
+        "training.precision=fp32",
         "training.log_interval=1",
         "tracking.samples=0",
         "data.val_fraction=0",

@@ -68,7 +68,8 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, PyTorch {torch.__version__}, Python {platform.python_version()}\n")
     print("| | width | updates | measured | planned |\n|---|---:|---:|---:|---:|")
     for name, model in SHAPES.items():
-        config = resolve({"model": model, "training": {"batch_size": BATCH}, "device": "cpu"})
+        training = {"batch_size": BATCH, "precision": "fp32"}
+        config = resolve({"model": model, "training": training, "device": "cpu"})
         seconds, rate, count = measure(config, arguments.seconds)
         flops = BATCH * config.model.max_seq_len * training_flops_per_token(config)
         planned = utilisation(config.model, "cpu")

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from atlas.config import ModelConfig
 from atlas.model.recompute import checkpointed, recomputable
 
+_ON_CPU = (torch.float32, torch.bfloat16)
+"""The dtypes for which a CPU has an implementation of its own here."""
+
 
 class LayerNorm(nn.LayerNorm):
     """LayerNorm over the last dimension (Ba et al. 2016, arXiv:1607.06450). The backward pass recomputes the norm's
@@ -36,9 +39,6 @@ class RMSNorm(nn.RMSNorm):
         # On other devices, PyTorch may also run several operators. `checkpointed` keeps no intermediate results of
         # these operators for the backward pass.
         return checkpointed(super().forward, x)
-
-
-_ON_CPU = (torch.float32, torch.bfloat16)
 
 
 class _RMSNormOnCPU(torch.autograd.Function):

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from atlas.config.model import RopeScaling
 
+_ON_CPU = (torch.float32, torch.bfloat16)
+"""The dtypes for which a CPU has an implementation of its own here."""
 Rotation = tuple[Tensor, Tensor]
 """Cosine and sine of each token's angles: (T, 1, D/2), or (B, T, 1, D/2) if the rows have different positions."""
 
@@ -51,9 +53,6 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
         return rotated
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
-
-
-_ON_CPU = (torch.float32, torch.bfloat16)
 
 
 class _RotationOnCPU(torch.autograd.Function):
