@@ -10,12 +10,15 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import Thread
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Parameters of `mallopt`, from glibc's `malloc.h`."""
 KEPT_BELOW = 32 << 20
 """Malloc keeps freed blocks of fewer bytes than this number, instead of returning them to the system."""
+_LASTING_FROM = 128 << 10
 _NVIDIA_DRIVER = "/dev/nvidiactl"
 """A file that exists only with NVIDIA's native driver for Linux. Under WSL 2 and with ROCm, this file is missing, and
 expandable segments may fail at the first allocation (pytorch/pytorch#192330, #192259)."""
@@ -83,12 +86,33 @@ def keep_memory() -> None:
     By default, malloc returns blocks of several megabytes to the system. The next update then gets zeroed pages from
     the system, with hundreds of thousands of page faults.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has no mallopt
     # Set both thresholds or neither: if one threshold is set, malloc no longer adapts the other threshold. Blocks of
     # `KEPT_BELOW` bytes and more go back to the system. If malloc kept these blocks, they would leave unused gaps
     # between smaller blocks.
-    if mallopt and mallopt(_M_MMAP_THRESHOLD, KEPT_BELOW):
-        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+    if _set_malloc(_M_MMAP_THRESHOLD, KEPT_BELOW):
+        _set_malloc(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+@contextmanager
+def lasting_blocks_apart() -> Iterator[None]:
+    """A context in which malloc takes each block of 128 KB and more directly from the system. After the context,
+    `keep_memory` is in effect.
+
+    Among the activations, a block that lasts would separate freed memory for the rest of the run, so that larger blocks
+    no longer fit. The first micro-batch of a process allocates such blocks: oneDNN generates the code of each matrix
+    product and keeps it, in blocks of 258 KB. Because of page faults, a micro-batch in this context takes longer.
+    """
+    _set_malloc(_M_MMAP_THRESHOLD, _LASTING_FROM)
+    try:
+        yield
+    finally:
+        keep_memory()
+
+
+def _set_malloc(parameter: int, value: int) -> bool:
+    """Set a parameter of glibc's malloc. Return False if there is none: musl, for example, has no `mallopt`."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    return bool(mallopt and mallopt(parameter, value))
 
 
 def _share_the_cores() -> None:

@@ -118,7 +118,7 @@ def atlas(folder: Path, arguments: argparse.Namespace) -> list[tuple[float, floa
             continue
         loaded = load_model(path)
         windows = SequenceDataset(val, loaded.config.model.max_seq_len, pad_last=True)
-        runtime = setup_runtime(loaded.config)
+        runtime = setup_runtime(loaded.config.replace("training", precision="fp32"))
         result = evaluate(
             SummedLoss(loaded.model), windows, range(len(windows)), batch_size=16, runtime=runtime
         )

@@ -173,6 +173,8 @@ def _updates(run: Any, place: Any) -> Iterator[None]:
         while Path(place.name).exists():
             train_step(run, stream)
             after_update()
+            if run.state.step == 1:
+                run.keep_snapshot()  # now with the optimizer's state, as in the first save
             yield
 
 
@@ -427,8 +429,9 @@ def main() -> None:
         started = start([*chosen, ceiling], at_once=arguments.device == "cuda")
         if not {chosen[0].name, ceiling.name} <= {one.name for one in started}:
             raise SystemExit("nothing to compare")
-        for _ in range(arguments.rounds):
-            for one in started:
+        for turn in range(arguments.rounds):
+            begin = turn % len(started)  # each contender is first in some rounds
+            for one in started[begin:] + started[:begin]:
                 one.step()
         for one in started:
             one.contender.stop()

@@ -16,8 +16,8 @@ from atlas.config.model import ModelConfig as ModelConfig
 LOSS_CHUNK_TOKENS = 256
 """Number of tokens per chunk of logits in the training loss on a CPU. With GPT-2's vocabulary, a chunk needs 51 MB in
 fp32."""
-LOSS_FP32_ROWS = 32
-"""In half precision on a CPU, the probabilities of this number of tokens exist in fp32 at a time. They fit into a
+LOSS_CACHED_ROWS = 32
+"""The training loss on a CPU computes the probabilities of this number of tokens at a time. In fp32, they fit into a
 processor's cache."""
 CUDA_LOSS_BYTES = 256 << 20
 """Largest size in bytes of a chunk of logits on CUDA. Without compilation, the size includes all tensors that are

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atlas.config.config import LOSS_CHUNK_TOKENS, LOSS_FP32_ROWS
+from atlas.config.config import LOSS_CACHED_ROWS, LOSS_CHUNK_TOKENS
 from atlas.config.user_code import names_code
 from atlas.data.sequences.dataset import IGNORE_INDEX
 from atlas.errors import AtlasError
@@ -109,28 +109,19 @@ def _loss_and_gradients(
 def _softmax_gradient_(logits: Tensor, goals: Tensor) -> Tensor:
     """Return the losses (N, 1), in fp32, of `logits` (N, V) against the token ids `goals` (N, 1). Replace the logits by
     their gradient: the probabilities, minus 1 at the goal."""
-    # A loss is the largest logit, minus the goal's logit, minus the logarithm of the largest probability. The goal's
-    # own probability can be too small for fp32.
-    losses = logits.amax(dim=-1, keepdim=True).float() - logits.gather(1, goals)
-    if logits.dtype == torch.float32:
-        torch.softmax(logits, dim=-1, out=logits)
-        return losses.sub_(_subtract_goals_(logits, goals).log())
-    probs = logits.new_empty(min(LOSS_FP32_ROWS, len(logits)), logits.shape[1], dtype=torch.float32)
-    largest = []
-    for some, some_goals in zip(
-        *(torch.split(tensor, LOSS_FP32_ROWS) for tensor in (logits, goals)), strict=True
-    ):
-        torch.softmax(probs[: len(some)].copy_(some), dim=-1, out=probs[: len(some)])
-        largest.append(_subtract_goals_(probs[: len(some)], some_goals))
-        some.copy_(probs[: len(some)])
-    return losses.sub_(torch.cat(largest).log())
-
-
-def _subtract_goals_(probs: Tensor, goals: Tensor) -> Tensor:
-    """Return the largest probability (N, 1) of each row of `probs` (N, V), and subtract 1 at `goals` (N, 1)."""
-    largest = probs.amax(dim=-1, keepdim=True)
-    probs.scatter_add_(1, goals, torch.full_like(largest, -1.0))
-    return largest
+    losses = []
+    fp32_rows = logits.new_empty(LOSS_CACHED_ROWS, logits.shape[1], dtype=torch.float32)
+    for some, some_goals in zip(logits.split(LOSS_CACHED_ROWS), goals.split(LOSS_CACHED_ROWS), strict=True):
+        rows = some if logits.dtype == torch.float32 else fp32_rows[: len(some)].copy_(some)
+        # A loss is the largest logit, minus the goal's logit, minus the logarithm of the largest probability. The
+        # goal's own probability can be too small for fp32.
+        loss = rows.amax(dim=-1, keepdim=True) - rows.gather(1, some_goals)
+        torch.softmax(rows, dim=-1, out=rows)
+        losses.append(loss.sub_(rows.amax(dim=-1, keepdim=True).log_()))
+        rows.scatter_add_(1, some_goals, torch.full_like(loss, -1.0))
+        if rows is not some:
+            some.copy_(rows)
+    return torch.cat(losses)
 
 
 def _add_product_(total: Tensor, grad: Tensor, rows: Tensor) -> None:

@@ -52,6 +52,8 @@ class Learner:
         """`objective` wrapped by DDP. With FSDP2, or in a run of one process, this is `objective` itself."""
         self.optimizer = build_optimizer(model, config.training, runtime.dtype)
         self.scaler = runtime.grad_scaler()
+        self.has_computed = False
+        """Whether a micro-batch was computed."""
         self.proven = (0, 0)
         """A micro-batch size, and the number of updates (at most 3) with this size that fitted into memory.
         `micro_batch.py` uses this pair."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from atlas.config import AtlasConfig
 from atlas.data.sequences.dataset import IGNORE_INDEX
 from atlas.model import add_lora, build_model
+from atlas.process import lasting_blocks_apart
 from atlas.training.devices.compile import compile_blocks, filled_up, refuse_failed_compilation
 from atlas.training.devices.device import Runtime, rounding_generator, seed_micro_step
 from atlas.training.devices.parallel import gather_full, no_sync_except_last
@@ -95,7 +97,8 @@ def accumulate_gradient(
         if runtime.compiles and learner.objective.custom_loss is None:
             micro = filled_up(micro, size)
         seed_micro_step(learner.config.seed, state.step, world.rank * num_sequences + start)
-        with no_sync_except_last(learner.wrapped, is_last=is_last):
+        apart = nullcontext() if learner.has_computed else lasting_blocks_apart()
+        with apart, no_sync_except_last(learner.wrapped, is_last=is_last):
             with runtime.autocast():
                 columns = [_to_device(column, runtime.device) for column in micro]
                 loss = learner.wrapped(*columns, num_valid=num_valid)
@@ -108,6 +111,7 @@ def accumulate_gradient(
                 wait = world.all_reduce_async(total)
             # PyTorch averages gradients over ranks. Multiplying the loss by the number of ranks gives the sum.
             learner.scaler.scale(loss * world.size).backward()
+        learner.has_computed = True
     wait()
     return Gradient(total, int(counts()[0]))
 

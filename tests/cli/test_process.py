@@ -26,6 +26,25 @@ faults()
 print(faults())
 """
 
+HEAP = """
+from atlas.process import keep_memory, lasting_blocks_apart
+heap = next(line for line in open("/proc/self/maps") if "[heap]" in line)
+begin = int(heap.split("-")[0], 16)
+def is_in_heap():
+    block = bytearray(258_376)
+    kept.append(block)
+    end = next(line for line in open("/proc/self/maps") if "[heap]" in line).split("-")[1].split()[0]
+    return begin <= id_of(block) < int(end, 16)
+import ctypes
+id_of = lambda block: ctypes.addressof(ctypes.c_char.from_buffer(block))
+kept = []
+keep_memory()
+print(is_in_heap(), end=" ")
+with lasting_blocks_apart():
+    print(is_in_heap(), end=" ")
+print(is_in_heap())
+"""
+
 LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 TENSOR = """
@@ -71,6 +90,10 @@ def test_freed_memory_is_used_again() -> None:
     """60 MB are 14,600 pages."""
     assert int(printed(FAULTS, "given back")) > 10_000
     assert int(printed(FAULTS, "kept")) < 2_000
+
+
+def test_blocks_that_last_are_not_in_the_heap() -> None:
+    assert printed(HEAP) == "True False True"
 
 
 @pytest.mark.skipif(

@@ -120,7 +120,7 @@ def test_loss_in_chunks_in_half_precision_is_computed_in_parts(monkeypatch: pyte
             )
 
     at_once = rounded()
-    monkeypatch.setattr("atlas.training.loss.LOSS_FP32_ROWS", 3)
+    monkeypatch.setattr("atlas.training.loss.LOSS_CACHED_ROWS", 3)
     monkeypatch.setattr("atlas.training.loss._PRODUCT_ROWS", 4)
     for parts, whole in zip(rounded(), at_once, strict=True):
         torch.testing.assert_close(parts, whole, rtol=1e-2, atol=1e-6)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from atlas.model import is_lora
+from atlas.process import lasting_blocks_apart
 from atlas.training.checkpoint.atomic_write import Abandoned, named_tensors, tensor_bytes
 from atlas.training.checkpoint.manager import CheckpointManager
 from atlas.training.devices.parallel import map_tensors
@@ -52,7 +53,8 @@ class Snapshot:
         }
         missing = {key: tensor for key, tensor in tensors.items() if key not in self._buffers}
         on_gpu = {key: tensor for key, tensor in missing.items() if tensor.is_cuda}
-        self._buffers |= {key: torch.empty(key[1], dtype=key[2]) for key in missing.keys() - on_gpu}
+        with lasting_blocks_apart():
+            self._buffers |= {key: torch.empty(key[1], dtype=key[2]) for key in missing.keys() - on_gpu}
         if on_gpu:
             # The tensors that have no buffer yet share one new pinned block. At the start of a run, these are the
             # weights; at the first save, they are the optimizer's state.

@@ -185,8 +185,8 @@ def computes_in_half(precision: str, device: str) -> bool:
 def choose_weights_dtype(asked: str, device: torch.device) -> torch.dtype:
     """Return the dtype of weights and KV cache for inference on `device`. `asked` is `f32`, `bf16`, `f16` or `auto`.
 
-    `auto` selects bf16 if the device computes in it; otherwise fp16 on CUDA, and fp32 on other devices. Raises
-    `AtlasError` for a dtype that the device does not support.
+    `auto` selects bf16 on CUDA and on a CPU that compute in it, otherwise fp16 on CUDA, and fp32 on other devices, such
+    as an Apple GPU. Raises `AtlasError` for a dtype that the device does not support.
     """
     names = {"auto": _own_precision(device), "f32": "fp32", "bf16": "bf16", "f16": "fp16"}
     if asked not in names:

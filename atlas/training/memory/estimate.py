@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 
 from atlas.config import AtlasConfig, TrainingConfig
-from atlas.config.config import CUDA_LOSS_BYTES, LOSS_CHUNK_TOKENS, LOSS_FP32_ROWS
+from atlas.config.config import CUDA_LOSS_BYTES, LOSS_CACHED_ROWS, LOSS_CHUNK_TOKENS
 from atlas.config.model import FLEX_HEAD_SIZE
 from atlas.model.cost import (
     Execution,
@@ -178,7 +178,7 @@ def _at_the_loss(config: AtlasConfig, tokens: int, *, half: bool, device: str) -
         return gradients + min(tokens * model.padded_vocab_size * logit, CUDA_LOSS_BYTES)
     # In half precision, the probabilities of some rows exist in fp32.
     rows = min(tokens, LOSS_CHUNK_TOKENS)
-    fp32_rows = min(rows, LOSS_FP32_ROWS) if half else 0
+    fp32_rows = min(rows, LOSS_CACHED_ROWS) if half else 0
     return gradients + model.vocabulary * (rows * width + fp32_rows * _FP32)
 
 
