@@ -111,7 +111,8 @@ def _softmax_gradient_(logits: Tensor, goals: Tensor) -> Tensor:
     their gradient: the probabilities, minus 1 at the goal."""
     losses = []
     fp32_rows = logits.new_empty(LOSS_CACHED_ROWS, logits.shape[1], dtype=torch.float32)
-    for some, some_goals in zip(logits.split(LOSS_CACHED_ROWS), goals.split(LOSS_CACHED_ROWS), strict=True):
+    parts = (torch.split(tensor, LOSS_CACHED_ROWS) for tensor in (logits, goals))
+    for some, some_goals in zip(*parts, strict=True):
         rows = some if logits.dtype == torch.float32 else fp32_rows[: len(some)].copy_(some)
         # A loss is the largest logit, minus the goal's logit, minus the logarithm of the largest probability. The
         # goal's own probability can be too small for fp32.
