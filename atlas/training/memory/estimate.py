@@ -40,6 +40,10 @@ fraction of a device's memory."""
 _DENSE_MASK = 5
 """The bytes of a document mask per pair of tokens: 1 for the bool mask and 4 for its fp32 copy."""
 
+_UNUSED_PART = 0.6
+"""Beside the blocks in use, glibc keeps this part of the bytes that activations need: the free space between the blocks
+(measured with benchmarks/memory.py)."""
+
 
 @dataclass(frozen=True)
 class TrainingMemory:
@@ -103,10 +107,8 @@ def estimate_training_memory(config: AtlasConfig, *, device: str, keeps_all: boo
         kept += _table_gradient(config)  # the table with its update
 
     allocator = 0
-    if (
-        device == "cpu"
-    ):  # glibc keeps the memory of freed small activations of all blocks, even if they are recomputed
-        allocator = L * sum(size for size in tensors if size < KEPT_BELOW)
+    if device == "cpu":  # glibc keeps the memory of freed small activations, even if they are recomputed
+        allocator = round(_UNUSED_PART * L * sum(size for size in tensors if size < KEPT_BELOW))
     half_weights = 0
     if half and width == _FP32:
         half_weights = _half_copies(config, saved, keeps_all=keeps_all)
