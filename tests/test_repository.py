@@ -35,7 +35,7 @@ ROOMS = {
     "training.optimizers": "errors config model training.devices",
     "training.logs": "errors files streams machine config model training.devices",
     "training.memory": "errors machine process config model training.devices training.optimizers",
-    "training.checkpoint": "errors files config model tokenizer training.devices training.optimizers "
+    "training.checkpoint": "errors files process config model tokenizer training.devices training.optimizers "
     "training.logs",
     "training": "errors files machine process config tokenizer data data.sequences model training.devices "
     "training.optimizers training.logs training.memory training.checkpoint",
