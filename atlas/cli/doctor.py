@@ -152,7 +152,7 @@ def _machine(machine: dict[str, Any], memory: dict[str, Any] | None) -> Rows:
     arithmetic = "computes in bf16" if machine["cpu_bf16"] else "no bf16 arithmetic"
     available, total = machine["memory_available"], machine["memory_total"]
     yield "system", machine["system"]
-    cores = f"{threads} threads on {cpus} logical CPUs, {machine['cpu_capability']}"
+    cores = f"{_threads(threads)} on {cpus} logical CPUs, {machine['cpu_capability']}"
     yield "CPU", f"{machine['cpu']}: {cores}, {arithmetic}"
     yield "memory", f"{gibibytes(available)} free of {gibibytes(total)}"
     yield "NVIDIA driver", machine["nvidia_driver"]
@@ -185,9 +185,13 @@ def _off(error: float | None) -> str:
     return "NaN" if error is None else f"{error:.0e}"
 
 
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}"
+
+
 def _speed(facts: dict[str, Any]) -> Rows:
     on_cpu = facts["train"]["device"] == "cpu"
-    threads = f" with {facts['machine']['cpu_threads']} threads" if on_cpu else ""
+    threads = f" with {_threads(facts['machine']['cpu_threads'])}" if on_cpu else ""
     for name, rate in facts.get("matrix_products", {}).items():
         measured = f"{rate / 1e12:,.2f} TFLOP/s{threads}" if rate else "not measured: no memory left"
         yield f"products, {name}", measured

@@ -127,7 +127,7 @@ def _print_summary(report: Report, summary: Summary) -> None:
         there = f"Does not fit: {machine.name} has {gibibytes(machine.memory)}. What would help:"
         typer.echo("\n".join([there, *summary.remedies, ""]))
     generating = estimate_inference_memory(config.model, device=machine.device)
-    _print_rows(f"Memory of generating on {machine.device}", _parts(generating, gibibytes))
+    _print_rows(f"Memory of generating on {machine.device} in f32", _parts(generating, gibibytes))
     one, most = _gb(checkpoint_bytes(config)), _gb(output_folder_bytes(config))
     _print_rows("Disk", {"one checkpoint": one, "output folder, at most": most})
     figures = {
@@ -228,7 +228,8 @@ def _note_on_time(report: Report) -> str:
     rate = f"{reached:.0%} of {machine.flops_per_second / 1e9:,.0f} GFLOP/s, {machine.rate_is}"
     if speed is None:
         narrow = "; less for narrow models" if machine.device == "cpu" and not report.summary else ""
-        how = f"FLOPs at {rate} ({machine.time_is}{narrow})"
+        source = "" if machine.device == "cpu" else f" ({machine.time_is})"
+        how = f"FLOPs at {rate}{source}{narrow}"
     else:
         how = (
             f"simulated: the FLOPs and bytes of an update at {speed.products / 1e9:,.0f} GFLOP/s and "

@@ -75,8 +75,14 @@ def make_report(
     if has_config:
         summary = _summarize(known, machine, text, len(training_windows(text, known)) if text else 0)
     scaling = scale(known, machine, cluster) if cluster else None
-    presets, vocab_size = [], text.vocab_size if text else None
-    for preset in plan_presets(machine.memory, device=machine.device, vocab_size=vocab_size):
+    plans = plan_presets(
+        machine.memory,
+        device=machine.device,
+        precision=wanted.training.precision,
+        vocab_size=text.vocab_size if text else None,
+    )
+    presets = []
+    for preset in plans:
         # Compute the number of windows here, since `training_windows` raises an error for a text that is shorter than
         # the preset's context.
         windows = (text.num_tokens - 1) // preset.config.model.max_seq_len if text else 0

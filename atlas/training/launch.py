@@ -107,7 +107,7 @@ def _start_run(start: Start, world: World, sampler: Sampler | None, may_exceed_b
         runtime = replace(runtime, parallel="fsdp")
     state = _resumed_state(start, data, runtime) if resumes else None
     config, log, checkpoints = _open_folder(start, world, verifier)
-    differences = restore_machine(saved_by, runtime)
+    differences = restore_machine(saved_by, runtime, asked=config.training.precision)
     state = state or _fresh_state(config, len(train_data), runtime, log, may_exceed=may_exceed_batch_size)
     keeps_little = runtime.compiles and is_short_of_memory(config, runtime, state.micro_batch_size)
     learner = Learner(model, config, runtime, custom_loss)

@@ -230,7 +230,7 @@ MISTAKES = {
         "--set training.batchsize=3": "training.batchsize … did you mean training.batch_size?",
         "--set training.batch_size": "--set training.batch_size: write it as section.key=value",
         "--set batch_size=3": "batch_size … write it as training.batch_size",
-        "--set training.precision=fp16 --no-resume": "fp16: is for GPUs; use fp32 or auto",
+        "--set training.precision=fp16 --no-resume": "fp16: a CPU has no fast arithmetic for it; use fp32 or auto",
         "--set training.loss=nowhere:loss --no-resume": "nowhere:loss … write it as package.module",
         "--set training.loss=loss --no-resume": "training.loss: loss: write it as package.module:function",
         "--output-dir river.txt": "river.txt: cannot be written … choose another --output-dir",
@@ -289,7 +289,7 @@ MISTAKES = {
         "--prompts-file blank.txt": "--prompts-file blank.txt: contains no prompt; write one prompt on each line",
         "--prompts-file utf16.txt": "--prompts-file utf16.txt: is not UTF-8 text; save it as UTF-8",
         "--prompt a --dtype q8": "--dtype q8: is not one of auto, f32, bf16, f16",
-        "--prompt a --dtype f16": "--dtype f16: is for GPUs; use f32 or auto",
+        "--prompt a --dtype f16": "--dtype f16: a CPU has no fast arithmetic for it; use f32 or auto",
     },
     "evaluate": {
         "--data gpt2": "gpt2: was prepared with tokenizer gpt2 … not with bpe … give the text",

@@ -142,9 +142,9 @@ def why_not_in(precision: str, device: torch.device) -> str | None:
     if device.type == "cuda" and precision == "bf16" and not _gpu_has_bf16():
         return "this GPU does not compute in it"
     if device.type == "cpu" and precision == "bf16" and not cpu_computes_in_bf16():
-        return "this CPU lacks bf16 arithmetic and would be hundreds of times slower"
+        return "this CPU lacks bf16 arithmetic, and would be slower than in fp32"
     if device.type == "cpu" and precision == "fp16":
-        return "is for GPUs"
+        return "a CPU has no fast arithmetic for it"
     return None
 
 
@@ -152,17 +152,17 @@ def _choose_precision(asked: str, device: torch.device, saved: Mapping[str, Any]
     if asked != "auto":
         reason = why_not_in(asked, device)
         if reason and not saved:
-            raise AtlasError(f"training.precision: {asked}: {reason}; use {_own_precision(device)} or auto")
-        return _own_precision(device) if reason else asked
+            raise AtlasError(f"training.precision: {asked}: {reason}; use {own_precision(device)} or auto")
+        return own_precision(device) if reason else asked
     # `saved["device"]` is the name of a GPU, or the type of another device.
     type_before = saved.get("device", "cpu") if saved.get("device", "cpu") in ("cpu", "mps") else "cuda"
     before = saved.get("precision")
     if before in _DTYPES and type_before == device.type and why_not_in(before, device) is None:
         return str(before)
-    return _own_precision(device)
+    return own_precision(device)
 
 
-def _own_precision(device: torch.device) -> str:
+def own_precision(device: torch.device) -> str:
     """Return the precision that `auto` selects on `device`."""
     if device.type == "cuda":
         return "bf16" if _gpu_has_bf16() else "fp16"
@@ -188,7 +188,7 @@ def choose_weights_dtype(asked: str, device: torch.device) -> torch.dtype:
     `auto` selects bf16 on CUDA and on a CPU that compute in it, otherwise fp16 on CUDA, and fp32 on other devices, such
     as an Apple GPU. Raises `AtlasError` for a dtype that the device does not support.
     """
-    names = {"auto": _own_precision(device), "f32": "fp32", "bf16": "bf16", "f16": "fp16"}
+    names = {"auto": own_precision(device), "f32": "fp32", "bf16": "bf16", "f16": "fp16"}
     if asked not in names:
         raise AtlasError(f"--dtype {asked}: is not one of {', '.join(names)}")
     if reason := why_not_in(names[asked], device):
@@ -240,15 +240,26 @@ def describe_machine(runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def restore_machine(saved: dict[str, Any], runtime: Runtime) -> list[str]:
+def restore_machine(saved: dict[str, Any], runtime: Runtime, *, asked: str) -> list[str]:
     """Set PyTorch's number of threads to the number in the checkpoint. Return a line for each remaining difference
-    between this machine and the properties in `saved`."""
+    between this machine and the properties in `saved`. `asked` is the run's `training.precision`: if it is `auto`, a
+    line also says when this machine could compute in a faster precision."""
     threads = saved.get("threads")
     if isinstance(threads, int) and 1 <= threads <= 4096:
         torch.set_num_threads(threads)
     here = describe_machine(runtime)
-    return [
-        f"{key}: {saved[key]} when saved, {here[key]} here: the run continues, but not with the same bits"
+    reason = why_not_in(str(saved.get("precision")), runtime.device)
+    reasons = {"precision": f" ({reason})"} if reason else {}
+    lines = [
+        f"{key}: {saved[key]} when saved, {here[key]} here{reasons.get(key, '')}: the run continues, but not with the "
+        "same bits"
         for key in ("torch", "cpu", "cpu_capability", "threads", "device", "precision", "compiled")
         if key in saved and saved[key] != here[key]
     ]
+    faster = own_precision(runtime.device)
+    if asked == "auto" and saved.get("precision") == runtime.precision != faster:
+        lines.append(
+            f"precision: {runtime.precision}, as when the run was saved; to train in {faster}, add "
+            f"--set training.precision={faster}"
+        )
+    return lines

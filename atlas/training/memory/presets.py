@@ -36,18 +36,24 @@ def assume_vocabulary(config: AtlasConfig) -> AtlasConfig:
 
 
 def plan_presets(
-    available: int, *, device: str, vocab_size: int | None = None, open_vocab_size: int = ASSUMED_VOCABULARY
+    available: int,
+    *,
+    device: str,
+    precision: str = "auto",
+    vocab_size: int | None = None,
+    open_vocab_size: int = ASSUMED_VOCABULARY,
 ) -> list[PresetPlan]:
     """Return a plan of every preset, the smallest first, for a `device` (`cpu`, `cuda` or `mps`) with `available`
     bytes.
 
     If `vocab_size` is given, it replaces the `vocab_size` of every preset, like the vocabulary of a dataset. Otherwise,
-    presets without a `vocab_size` get `open_vocab_size`.
+    presets without a `vocab_size` get `open_vocab_size`. All presets get the `precision`.
     """
     plans = []
     for name in preset_names():
         config = resolve(read_yaml(preset_path(name)))
         config = config.replace("model", vocab_size=vocab_size or config.model.vocab_size or open_vocab_size)
+        config = config.replace("training", precision=precision)
         memory = estimate_training_memory(config, device=device).total
         parameters = count_parameters(config.model).total
         plans.append(PresetPlan(name, config, parameters, memory, memory <= available))

@@ -100,21 +100,25 @@ def test_bf16_learns_as_fp32_does(optimizer: str, computes: object, tmp_path: Pa
 def test_a_run_keeps_its_precision(
     before: bool, precision: str, computes: object, tmp_path: Path, text_file: Path
 ) -> None:
-    """A run in fp32 keeps fp32 on a processor with bf16, and a run in bf16 continues without it, with one line."""
+    """A run in fp32 keeps fp32 on a processor with bf16, and a line names the option. A run in bf16 continues without
+    it, with one line."""
     folder = tmp_path / "run"
     computes(before)  # type: ignore[operator]
     trained(layer(folder, text_file, training__max_steps=2))
     computes(True)  # type: ignore[operator]
     trained(layer(folder, text_file, training__max_steps=4))
     assert load_checkpoint(folder / "atlas_step_4.pt")["machine"]["precision"] == precision
-    assert "when saved" not in (folder / "training.log").read_text()
+    log = (folder / "training.log").read_text()
+    assert "when saved" not in log
+    hint = "fp32, as when the run was saved; to train in bf16, add --set training.precision=bf16"
+    assert log.count(hint) == (0 if before else 1)
     computes(False)  # type: ignore[operator]
     trained(layer(folder, text_file, training__max_steps=6))
     saved = load_checkpoint(folder / "atlas_step_6.pt")
     assert saved["machine"]["precision"] == "fp32"
     assert saved["config"]["training"]["precision"] == "auto"
     log = (folder / "training.log").read_text()
-    line = "precision: bf16 when saved, fp32 here: the run continues, but not with the same bits"
+    line = "precision: bf16 when saved, fp32 here (this CPU lacks bf16 arithmetic, and would be slower than in fp32)"
     assert log.count(line) == (1 if before else 0)
 
 
@@ -127,7 +131,7 @@ def test_a_precision_that_was_set_is_refused_only_where_it_is_set_anew(
     computes(False)  # type: ignore[operator]
     trained(layer(folder, text_file, training__max_steps=4))
     assert load_checkpoint(folder / "atlas_step_4.pt")["machine"]["precision"] == "fp32"
-    with pytest.raises(AtlasError, match=r"lacks bf16 arithmetic .* use fp32 or auto"):
+    with pytest.raises(AtlasError, match=r"lacks bf16 arithmetic, .* use fp32 or auto"):
         trained(layer(tmp_path / "new", text_file, training__precision="bf16"))
     computes(True)  # type: ignore[operator]
     trained(layer(folder, text_file, training__max_steps=6, training__precision="auto"))
