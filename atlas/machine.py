@@ -18,10 +18,11 @@ import torch
 _CGROUP = Path("/sys/fs/cgroup")
 _BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
 """Linux's names of the instructions that multiply matrices of bf16."""
-_ISA_LIMIT = "ONEDNN_MAX_CPU_ISA"
-"""The environment variable that forbids oneDNN, which computes PyTorch's matrix products, to use newer instructions."""
+_ISA_LIMITS = "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"
+"""The environment variables that forbid oneDNN, which computes PyTorch's matrix products, to use newer instructions.
+oneDNN reads the second one, an older name, if the first one is not set."""
 _WITHOUT_BF16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
-"""Values of this variable with which oneDNN emulates matrix products in bf16."""
+"""Values of these variables with which oneDNN emulates matrix products in bf16."""
 _SECONDS = 0.5
 _SIZE = {"cpu": 1024, "cuda": 8192, "mps": 4096}
 COPIED = {"cpu": 256_000_000, "cuda": 1_000_000_000, "mps": 256_000_000}
@@ -73,7 +74,8 @@ def cpu_computes_in_bf16() -> bool:
     of times slower in it than in fp32."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    if os.environ.get(_ISA_LIMIT, "").upper() in _WITHOUT_BF16:
+    limits = (os.environ[name] for name in _ISA_LIMITS if name in os.environ)
+    if next(limits, "").upper() in _WITHOUT_BF16:
         return False
     flags = next((line for line in cpu_info().splitlines() if line.startswith("flags")), "")
     return not _BF16_FLAGS.isdisjoint(flags.split())

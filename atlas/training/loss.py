@@ -94,7 +94,7 @@ def _loss_and_gradients(
         counts = (goals != IGNORE_INDEX).to(torch.float32)[:, None]
         logits = buffer[: len(rows)]
         torch.mm(rows, rounded.T, out=logits)
-        losses = _softmax_gradient_(logits, goals.clamp(min=0)[:, None])
+        losses = _softmax_gradient_(logits, goals.masked_fill(goals == IGNORE_INDEX, 0)[:, None])
         total += (losses * counts).sum()
         # The gradient must be zero for ignored rows. The code below sets those rows of smaller (N, C) matrices to zero
         # instead: the effect is the same, and the cost is lower.

@@ -128,6 +128,14 @@ def test_another_error_is_not_mistaken_for_a_lack_of_memory(tmp_path: Path, text
     assert not is_out_of_memory(ValueError("out of memory"))
 
 
+def test_onednn_says_in_its_own_words_that_memory_ran_out() -> None:
+    """With `ulimit -d`, a matrix product in bf16 raised the first message."""
+    assert is_out_of_memory(RuntimeError("could not create a primitive"))
+    assert not is_out_of_memory(
+        RuntimeError("could not create a primitive descriptor for a matmul primitive")
+    )
+
+
 def test_evaluation_has_its_own_batch_size_and_its_own_recovery(
     tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

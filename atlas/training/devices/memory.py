@@ -8,6 +8,7 @@ import gc
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,7 +22,10 @@ from atlas.files import cache_folder, read_limited, replacing
 from atlas.training.devices.device import Runtime, describe_machine
 
 _LARGEST_NOTE = 1000  # bytes
-_CPU_SIGNS = ("DefaultCPUAllocator", "not enough memory", "MPS backend out of memory")
+_CPU_SIGNS = re.compile(
+    "DefaultCPUAllocator|not enough memory|MPS backend out of memory|could not (create|execute) a primitive(?! desc)"
+)
+"""The messages of PyTorch's allocators and of oneDNN. A primitive descriptor fails for other reasons."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -29,7 +33,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     message shows the reason."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _CPU_SIGNS)
+    return isinstance(error, RuntimeError) and _CPU_SIGNS.search(str(error)) is not None
 
 
 def release_memory(device: torch.device) -> None:

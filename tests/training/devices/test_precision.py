@@ -54,6 +54,10 @@ def test_the_flags_of_the_processor_decide(
     if limit:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     assert cpu_computes_in_bf16() == expected
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if limit:
+        monkeypatch.setenv("DNNL_MAX_CPU_ISA", limit)
+    assert cpu_computes_in_bf16() == expected
 
 
 @pytest.mark.parametrize("here", [True, False])
