@@ -19,6 +19,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 KEPT_BELOW = 32 << 20
 """Malloc keeps freed blocks of fewer bytes than this number, instead of returning them to the system."""
 _LASTING_FROM = 128 << 10
+"""In `lasting_blocks_apart`, malloc takes blocks of this number of bytes and more from the system. This is malloc's
+threshold at the start of a process."""
 _NVIDIA_DRIVER = "/dev/nvidiactl"
 """A file that exists only with NVIDIA's native driver for Linux. Under WSL 2 and with ROCm, this file is missing, and
 expandable segments may fail at the first allocation (pytorch/pytorch#192330, #192259)."""

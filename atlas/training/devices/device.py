@@ -152,17 +152,17 @@ def _choose_precision(asked: str, device: torch.device, saved: Mapping[str, Any]
     if asked != "auto":
         reason = why_not_in(asked, device)
         if reason and not saved:
-            raise AtlasError(f"training.precision: {asked}: {reason}; use {own_precision(device)} or auto")
-        return own_precision(device) if reason else asked
+            raise AtlasError(f"training.precision: {asked}: {reason}; use {_own_precision(device)} or auto")
+        return _own_precision(device) if reason else asked
     # `saved["device"]` is the name of a GPU, or the type of another device.
     type_before = saved.get("device", "cpu") if saved.get("device", "cpu") in ("cpu", "mps") else "cuda"
     before = saved.get("precision")
     if before in _DTYPES and type_before == device.type and why_not_in(before, device) is None:
         return str(before)
-    return own_precision(device)
+    return _own_precision(device)
 
 
-def own_precision(device: torch.device) -> str:
+def _own_precision(device: torch.device) -> str:
     """Return the precision that `auto` selects on `device`."""
     if device.type == "cuda":
         return "bf16" if _gpu_has_bf16() else "fp16"
@@ -188,7 +188,7 @@ def choose_weights_dtype(asked: str, device: torch.device) -> torch.dtype:
     `auto` selects bf16 on CUDA and on a CPU that compute in it, otherwise fp16 on CUDA, and fp32 on other devices, such
     as an Apple GPU. Raises `AtlasError` for a dtype that the device does not support.
     """
-    names = {"auto": own_precision(device), "f32": "fp32", "bf16": "bf16", "f16": "fp16"}
+    names = {"auto": _own_precision(device), "f32": "fp32", "bf16": "bf16", "f16": "fp16"}
     if asked not in names:
         raise AtlasError(f"--dtype {asked}: is not one of {', '.join(names)}")
     if reason := why_not_in(names[asked], device):
@@ -256,7 +256,7 @@ def restore_machine(saved: dict[str, Any], runtime: Runtime, *, asked: str) -> l
         for key in ("torch", "cpu", "cpu_capability", "threads", "device", "precision", "compiled")
         if key in saved and saved[key] != here[key]
     ]
-    faster = own_precision(runtime.device)
+    faster = _own_precision(runtime.device)
     if asked == "auto" and saved.get("precision") == runtime.precision != faster:
         lines.append(
             f"precision: {runtime.precision}, as when the run was saved; to train in {faster}, add "

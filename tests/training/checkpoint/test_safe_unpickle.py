@@ -70,7 +70,7 @@ def test_an_attack_is_refused_in_one_line_and_leaves_nothing(attack: Attack, tmp
     folder = tmp_path / "given"
     folder.mkdir()
     path = attack.make(folder)
-    before, start = sorted(tmp_path.rglob("*")), time.process_time()
+    before, start = sorted(tmp_path.rglob("*")), time.monotonic()
     with pytest.raises(AtlasError) as caught:
         READERS[attack.reader](path)
     message = str(caught.value)
@@ -81,7 +81,7 @@ def test_an_attack_is_refused_in_one_line_and_leaves_nothing(attack: Attack, tmp
     assert "\n" not in message
     assert len(message) < 2000
     assert sorted(tmp_path.rglob("*")) == before
-    assert time.process_time() - start < 10
+    assert time.monotonic() - start < 10
 
 
 # The links and pipes of a folder, and what `atlas info` does not read as a file of its own.
