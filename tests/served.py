@@ -13,9 +13,9 @@ from atlas.config import AtlasConfig, ModelConfig
 from atlas.inference.load import LoadedModel
 from atlas.model import build_model
 from atlas.serving.app import build_app
+from atlas.serving.backends.engine import Engine
+from atlas.serving.backends.generation import Backend
 from atlas.serving.dispatcher import ServerSettings
-from atlas.serving.engine import Engine
-from atlas.serving.generation import Backend
 from atlas.serving.server import Server, listen
 from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.chat import CHAT_TEMPLATE

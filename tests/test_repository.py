@@ -44,10 +44,12 @@ ROOMS = {
     "export": "errors files outputs progress config tokenizer data data.sequences model training training.checkpoint "
     "inference",
     "reporting": "errors files outputs version config tokenizer data",
-    "serving": "errors version config tokenizer model inference export reporting",
+    "serving.api": "inference",
+    "serving.backends": "errors tokenizer model inference export serving.api",
+    "serving": "errors version tokenizer inference reporting serving.api serving.backends",
     "cli": "errors files outputs streams machine process progress version config tokenizer data data.text data.prepare "
     "data.sequences model planning training.devices training.logs training.memory training.checkpoint training "
-    "inference export reporting serving",
+    "inference export reporting serving serving.backends",
 }
 INSIDE = {
     "": "errors machine process progress version < files streams < outputs",
@@ -75,8 +77,9 @@ INSIDE = {
     "export": "architectures gguf_header llama_cpp quantize save_imported < hf_format vocabulary < gguf "
     "import_first_version score < huggingface import_gguf import_hf verify < peft",
     "reporting": "curves dataset_statistics targets < dataset_figure runs < figure report",
-    "serving": "errors files runs schema server < generation limits stream < answers engine llama metrics < "
-    "dispatcher < openai pages < app",
+    "serving.api": "errors requests responses",
+    "serving.backends": "generation < engine llama",
+    "serving": "files limits metrics runs server stream < answers dispatcher < openai pages < app",
     "cli": "choose_text doctor_facts old_flags options plan_report < terminal < choose_preset "
     "dataset_tables doctor evaluate export generate import_model info_checkpoint info_conversations look plan_output "
     "report serve train < demo info_dataset prepare < info plan < pipeline",

@@ -17,7 +17,7 @@ from atlas.process import stop_signals
 
 if TYPE_CHECKING:
     from atlas.inference.load import LoadedModel
-    from atlas.serving.generation import Backend
+    from atlas.serving.backends.generation import Backend
     from atlas.serving.server import Server
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -109,7 +109,7 @@ def serve(
     if gguf:
         import torch
 
-        from atlas.serving.llama import Llama
+        from atlas.serving.backends.llama import Llama
 
         parallel = parallel or _LLAMA_PARALLEL
         threads = torch.get_num_threads()
@@ -149,7 +149,7 @@ def _engine(model: LoadedModel, name: str, *, parallel: int | None, queue: int) 
     from atlas.inference.layout import lay_out_for_decoding
     from atlas.machine import measure_memory
     from atlas.planning.inference import estimate_inference_memory
-    from atlas.serving.engine import Engine
+    from atlas.serving.backends.engine import Engine
 
     weights = next(model.model.parameters())
     device = weights.device.type

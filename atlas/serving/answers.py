@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from atlas.serving.generation import Candidate, GenerationRequest, Piece
+from atlas.serving.backends.generation import Candidate, GenerationRequest, Piece
 from atlas.serving.stream import event
 
 _LOWEST = -9999.0

@@ -11,14 +11,15 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from atlas.errors import AtlasError
+from atlas.serving.api.errors import ApiError, error_response, validation_error
+from atlas.serving.api.requests import MOST_PROMPTS
+from atlas.serving.api.responses import ErrorBody, Health
+from atlas.serving.backends.generation import Backend
 from atlas.serving.dispatcher import Dispatcher, ServerSettings
-from atlas.serving.errors import ApiError, error_response, validation_error
 from atlas.serving.files import FILES, file_routes
-from atlas.serving.generation import Backend
 from atlas.serving.limits import limit_body, require_auth
 from atlas.serving.openai import openai_routes
 from atlas.serving.pages import MOST_KNOWN, page_routes
-from atlas.serving.schema import MOST_PROMPTS, ErrorBody, Health
 from atlas.version import __version__
 
 BODY_SECONDS = 10.0

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atlas.inference.sampling import row_seed
-from atlas.serving.errors import ApiError
-from atlas.serving.generation import Backend, Generation, GenerationRequest, TooLong
+from atlas.serving.api.errors import ApiError
+from atlas.serving.api.requests import MOST_STOPS, SamplingParams
+from atlas.serving.backends.generation import Backend, Generation, GenerationRequest, TooLong
 from atlas.serving.metrics import Metrics
-from atlas.serving.schema import MOST_STOPS, SamplingParams
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Container
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from atlas.serving.errors import ApiError, error_response
+from atlas.serving.api.errors import ApiError, error_response
 
 LARGEST_BODY = 1 << 20
 """The largest allowed body of a request, in bytes."""

@@ -9,18 +9,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from atlas.serving.answers import Answer
+from atlas.serving.api.errors import ApiError
+from atlas.serving.api.requests import ChatRequest, CompletionRequest, SamplingParams
+from atlas.serving.api.responses import ChatCompletion, Completion, ModelInfo, Models
+from atlas.serving.backends.generation import Backend
 from atlas.serving.dispatcher import Dispatcher
-from atlas.serving.errors import ApiError
-from atlas.serving.generation import Backend
-from atlas.serving.schema import (
-    ChatCompletion,
-    ChatRequest,
-    Completion,
-    CompletionRequest,
-    ModelInfo,
-    Models,
-    SamplingParams,
-)
 from atlas.serving.stream import EventStream, until_disconnect
 from atlas.tokenizer.chat import Message
 

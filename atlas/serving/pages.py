@@ -19,12 +19,12 @@ from pydantic import Field
 from atlas.inference import look
 from atlas.inference.generate import window_start
 from atlas.inference.load import LoadedModel
+from atlas.serving.api.errors import ApiError
+from atlas.serving.api.requests import MOST_CANDIDATES, Body, SamplingParams, SamplingSettings, TokenIds
+from atlas.serving.backends.engine import Engine
+from atlas.serving.backends.generation import Backend, GenerationRequest
 from atlas.serving.dispatcher import Dispatcher
-from atlas.serving.engine import Engine
-from atlas.serving.errors import ApiError
-from atlas.serving.generation import Backend, GenerationRequest
 from atlas.serving.runs import RunFolder
-from atlas.serving.schema import MOST_CANDIDATES, Body, SamplingParams, SamplingSettings, TokenIds
 from atlas.serving.stream import EventStream, event, until_disconnect
 
 _LIKELIEST = 24

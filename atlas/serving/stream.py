@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from atlas.serving.errors import ApiError
+from atlas.serving.api.errors import ApiError
 
 T = TypeVar("T")
 

@@ -28,8 +28,8 @@ from atlas.inference.generate import generate
 from atlas.inference.load import LoadedModel
 from atlas.inference.sampling import Sampling
 from atlas.model import AtlasLM, build_model
-from atlas.serving.engine import Engine
-from atlas.serving.generation import Generation
+from atlas.serving.backends.engine import Engine
+from atlas.serving.backends.generation import Generation
 from atlas.tokenizer import Tokenizer
 from atlas.training.checkpoint.async_saver import Snapshot
 from atlas.training.checkpoint.load import load_weights

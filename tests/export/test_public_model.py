@@ -13,7 +13,7 @@ import torch
 
 from atlas.cli import main
 from atlas.inference.load import load_model
-from atlas.serving.llama import Llama
+from atlas.serving.backends.llama import Llama
 from atlas.tokenizer.chat import Message, encode_chat
 from tests.export.test_export import needs_llama_cpp
 from tests.served import served

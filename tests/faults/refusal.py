@@ -36,11 +36,11 @@ import psutil
 from fastapi.routing import APIRoute
 
 from atlas.export.save_imported import save_imported
+from atlas.serving.api.requests import Body, ChatMessage
 from atlas.serving.dispatcher import Dispatcher, ServerSettings
 from atlas.serving.limits import LARGEST_BODY
 from atlas.serving.openai import openai_routes
 from atlas.serving.pages import page_routes
-from atlas.serving.schema import Body, ChatMessage
 from tests.faults.runs import Broken, command, options, shown
 from tests.served import random_model, served_model
 

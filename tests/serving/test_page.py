@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from atlas.inference.load import LoadedModel
+from atlas.serving.backends.engine import Engine
 from atlas.serving.dispatcher import ServerSettings
-from atlas.serving.engine import Engine
 from tests.served import random_model, served
 from tests.serving.test_serving import post
 

@@ -20,8 +20,8 @@ from atlas.inference.load import LoadedModel
 from atlas.inference.sampling import Sampling
 from atlas.inference.text import stream_text
 from atlas.serving import server as server_module
+from atlas.serving.backends.engine import Engine
 from atlas.serving.dispatcher import ServerSettings
-from atlas.serving.engine import Engine
 from atlas.tokenizer.chat import Message, encode_chat
 from tests.served import random_model, served, served_model, until
 

@@ -11,8 +11,8 @@ import pytest
 from atlas.errors import AtlasError
 from atlas.export.gguf import export_gguf
 from atlas.inference.load import LoadedModel
-from atlas.serving.engine import Engine
-from atlas.serving.llama import Llama
+from atlas.serving.backends.engine import Engine
+from atlas.serving.backends.llama import Llama
 from tests.served import random_model, served, until
 
 pytest.importorskip("xllamacpp")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from atlas.serving.api.requests import Body, ChatRequest, CompletionRequest
 from atlas.serving.dispatcher import ServerSettings
-from atlas.serving.schema import Body, ChatRequest, CompletionRequest
 from tests.served import random_model, served_model
 
 

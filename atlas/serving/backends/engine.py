@@ -23,7 +23,7 @@ from atlas.inference.load import LoadedModel
 from atlas.inference.sampling import Sampling, sample
 from atlas.inference.text import TextStream, encode_prompt
 from atlas.model import long_tensor
-from atlas.serving.generation import Backend, Busy, Candidate, Generation, Piece, failure
+from atlas.serving.backends.generation import Backend, Busy, Candidate, Generation, Piece, failure
 from atlas.tokenizer.chat import Message, encode_chat
 
 PREFILL_TOKENS = 1024

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from atlas.errors import AtlasError
 from atlas.export.gguf import read_metadata
 from atlas.export.llama_cpp import server_params
-from atlas.serving.generation import Backend, Busy, Candidate, Generation, Piece, failure
+from atlas.serving.backends.generation import Backend, Busy, Candidate, Generation, Piece, failure
 from atlas.tokenizer.byte_level import token_bytes
 from atlas.tokenizer.chat import Message
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from atlas.inference.sampling import Sampling
-from atlas.serving.errors import ApiError
+from atlas.serving.api.errors import ApiError
 from atlas.tokenizer.chat import Message
 
 _SHORT_TEXT = 64 << 10
