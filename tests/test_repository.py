@@ -77,7 +77,7 @@ INSIDE = {
     "export": "architectures gguf_header llama_cpp quantize save_imported < hf_format vocabulary < gguf "
     "import_first_version score < huggingface import_gguf import_hf verify < peft",
     "reporting": "curves dataset_statistics targets < dataset_figure runs < figure report",
-    "serving.api": "errors requests responses",
+    "serving.api": "errors fields responses < requests",
     "serving.backends": "generation < engine llama",
     "serving": "files limits metrics runs server stream < answers dispatcher < openai pages < app",
     "cli": "choose_text doctor_facts old_flags options plan_report < terminal < choose_preset "

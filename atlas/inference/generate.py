@@ -89,16 +89,25 @@ def window_start(num_prompt_tokens: int, num_tokens: int, context: int) -> int:
 
 def prefill(model: AtlasLM, windows: Sequence[Sequence[int]], cache: KVCache | None) -> Tensor:
     """Run one forward pass over `windows`, the token ids of each row, and fill `cache`, which must be empty. Return (B,
-    V), the logits of each row's next token.
+    V), the logits of each row's next token."""
+    return last_logits(model, prefill_states(model, windows, cache), windows)
+
+
+def prefill_states(model: AtlasLM, windows: Sequence[Sequence[int]], cache: KVCache | None) -> Tensor:
+    """Run one forward pass as `prefill` does, and return (B, T, C), the final hidden states.
 
     Rows are padded on the right. The tokens of a window do not attend to the padding.
     """
-    device = next(model.parameters()).device
     lengths = [len(window) for window in windows]
     longest = max(lengths)
-    padded = long_tensor([[*window, *[0] * (longest - len(window))] for window in windows], device)
-    hidden = model.hidden_states(padded, cache)
+    padded = [[*window, *[0] * (longest - len(window))] for window in windows]
+    states = model.hidden_states(long_tensor(padded, next(model.parameters()).device), cache)
     if cache is not None:
         cache.truncate(lengths)
-    last = long_tensor(lengths, device) - 1
-    return model.head(hidden[torch.arange(len(windows), device=device), last])
+    return states
+
+
+def last_logits(model: AtlasLM, states: Tensor, windows: Sequence[Sequence[int]]) -> Tensor:
+    """Return (B, V), the logits of each row's next token, from the final hidden states (B, T, C) of `windows`."""
+    last = long_tensor([len(window) - 1 for window in windows], states.device)
+    return model.head(states[torch.arange(len(windows), device=states.device), last])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from atlas.errors import AtlasError
 from atlas.inference.load import LoadedModel
-from atlas.inference.sampling import Sampling, filters, penalize_repetition
+from atlas.inference.sampling import Sampling, adjust, filters
 from atlas.inference.text import encode_prompt
 from atlas.model.attention import Context
 from atlas.tokenizer import Tokenizer
@@ -132,7 +132,7 @@ def next_token(
     likeliest tokens to return."""
     hidden = loaded.model.hidden_states(loaded.batch_of(ids))[:, -1]
     raw = loaded.model.head(hidden).float()
-    penalized = penalize_repetition(raw, [list(ids)], sampling.repetition_penalty)
+    penalized = adjust(raw, [list(ids)], sampling)
     steps = {"model": raw, "repetition_penalty": penalized, **dict(filters(penalized, sampling))}
     left = {name: (scores[0] > -torch.inf).cpu() for name, scores in steps.items()}
     probabilities = {name: scores[0].softmax(dim=-1).cpu() for name, scores in steps.items()}

@@ -1,10 +1,13 @@
 """Sample tokens from logits: pure functions of (B, V) tensors, with one random generator per row.
 
 The steps have the same order as in `transformers`: repetition penalty, temperature, top-k, top-p, min-p, then a draw.
+The logit bias and the frequency and presence penalties of OpenAI's API come before and after the repetition penalty, as
+in llama.cpp.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -35,13 +38,21 @@ class Sampling:
     """The smallest allowed ratio of a token's probability to the likeliest token's probability; 0: all."""
     repetition_penalty: float = 1.0
     """The number that divides positive logits of tokens already seen, and multiplies their negative logits; 1: off."""
+    frequency_penalty: float = 0.0
+    """The number that is subtracted from a token's logit for each time that the token was seen."""
+    presence_penalty: float = 0.0
+    """The number that is subtracted from the logits of tokens already seen."""
+    repeat_last_n: int = -1
+    """The number of the latest tokens that count as seen; -1: all tokens, those of the prompt included."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, number that is added to this token's logit) pairs; -inf bans a token."""
 
     def __post_init__(self) -> None:
         for name, valid, rule in (
             ("temperature", self.temperature >= 0, "0 or more"),
             ("top-k", self.top_k >= 0, "0 (all) or more"),
-            ("top-p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min-p", 0 <= self.min_p < 1, "from 0 to below 1"),
+            ("top-p", 0 <= self.top_p <= 1, "from 0 to 1"),
+            ("min-p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("repetition-penalty", 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100"),
         ):
             if not valid:
@@ -53,12 +64,12 @@ def sample(
 ) -> Tensor:
     """Return (B,): the next token id of each row, or -1 for a row whose logits are not finite.
 
-    `logits` is (B, V). `seen` has the earlier token ids of each row, for the repetition penalty. `generators` has one
-    random generator per row. On CUDA, the CPU never waits for the GPU in this function.
+    `logits` is (B, V). `seen` has the earlier token ids of each row, for the penalties. `generators` has one random
+    generator per row. On CUDA, the CPU never waits for the GPU in this function.
     """
     logits = logits.float()
     is_finite = logits.sum(dim=-1).isfinite()
-    logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
+    logits = adjust(logits, seen, sampling)
     is_greedy = sampling.temperature == 0
     tokens = logits.argmax(dim=-1) if is_greedy else draw(probabilities(logits, sampling), generators)
     return tokens.where(is_finite, -1)
@@ -86,6 +97,19 @@ def filters(logits: Tensor, sampling: Sampling) -> Iterator[tuple[str, Tensor]]:
     yield "min_p", keep_min_p(logits, sampling.min_p)
 
 
+def adjust(logits: Tensor, seen: list[list[int]], sampling: Sampling) -> Tensor:
+    """Apply the logit bias, and then the penalties for the tokens already seen, to logits (B, V)."""
+    if sampling.logit_bias:
+        index, biases = zip(*sampling.logit_bias, strict=True)
+        bias = torch.tensor(biases, dtype=logits.dtype).to(logits.device, non_blocking=True)
+        logits = logits.index_add(-1, long_tensor(index, logits.device), bias.expand(len(logits), -1))
+    latest = sampling.repeat_last_n
+    if latest >= 0:
+        seen = [tokens[max(0, len(tokens) - latest) :] for tokens in seen]
+    logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
+    return penalize_frequency(logits, seen, sampling.frequency_penalty, sampling.presence_penalty)
+
+
 def penalize_repetition(logits: Tensor, seen: list[list[int]], penalty: float) -> Tensor:
     """Make tokens already seen less likely (Keskar et al. 2019, arXiv:1909.05858)."""
     if penalty == 1:
@@ -95,6 +119,19 @@ def penalize_repetition(logits: Tensor, seen: list[list[int]], penalty: float) -
         index = long_tensor(sorted(set(tokens)), logits.device)
         scores = logits[row, index]
         logits[row, index] = torch.where(scores > 0, scores / penalty, scores * penalty)
+    return logits
+
+
+def penalize_frequency(logits: Tensor, seen: list[list[int]], frequency: float, presence: float) -> Tensor:
+    """Lower the logit of each token already seen by `presence`, and by `frequency` for each time that it was seen
+    (https://platform.openai.com/docs/api-reference/completions/create)."""
+    if frequency == presence == 0:
+        return logits
+    logits = logits.clone()
+    for row, tokens in enumerate(seen):
+        counts = Counter(tokens)
+        lower = torch.tensor([presence + frequency * count for count in counts.values()], dtype=logits.dtype)
+        logits[row, long_tensor(list(counts), logits.device)] -= lower.to(logits.device, non_blocking=True)
     return logits
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -16,12 +17,18 @@ _LOWEST = -9999.0
 
 
 class Answer:
-    """The answer to `request`: a chat completion if `is_chat` is true, otherwise a text completion."""
+    """The answer to `request`: a chat completion if `is_chat` is true, otherwise a text completion.
 
-    def __init__(self, request: GenerationRequest, *, is_chat: bool) -> None:
+    Of every `of` generations, the answer has the `best` ones: those whose tokens have the largest mean log-probability.
+    """
+
+    def __init__(
+        self, request: GenerationRequest, *, is_chat: bool, has_logprobs: bool, best: int = 1, of: int = 1
+    ) -> None:
         self.request = request
         self.is_chat = is_chat
-        self.has_logprobs = request.generations[0].num_candidates is not None
+        self.has_logprobs = has_logprobs
+        self.best, self.of = best, of
         self.head = {
             "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": "chat.completion" if is_chat else "text_completion",
@@ -31,6 +38,13 @@ class Answer:
         self._offsets = [0] * len(request.generations)
         """Number of characters in each generation's tokens so far."""
         self._decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in request.generations]
+        self._echoed: Sequence[str] = [""] * len(request.generations)
+        self._unscored = {each.index for each in request.generations if each.scores_prompt}
+        """The generations whose prompt's first token, which has no log-probability, is not written yet."""
+
+    def echo(self, texts: Sequence[str]) -> None:
+        """Put a text in front of the text of each generation."""
+        self._echoed = texts
 
     async def complete(self) -> dict[str, Any]:
         """Wait until all generations have ended, and return the answer. Raises `ApiError` if a generation fails or the
@@ -38,13 +52,24 @@ class Answer:
         generated: list[list[Piece]] = [[] for _ in self.request.generations]
         async for index, piece in self.request.pieces():
             generated[index].append(piece)
-        choices = []
-        for index, pieces in enumerate(generated):
-            text = "".join(piece.text for piece in pieces)
+        choices: list[dict[str, Any]] = []
+        for index in self._best_of(generated):
+            text = self._echoed[index] + "".join(piece.text for piece in generated[index])
             message = {"role": "assistant", "content": text, "refusal": None}
             content = {"message": message} if self.is_chat else {"text": text}
-            choices.append(self._choice(index, content, pieces))
+            choices.append({**self._choice(index, content, generated[index]), "index": len(choices)})
         return {**self.head, "choices": choices, "usage": self.usage}
+
+    def _best_of(self, generated: Sequence[Sequence[Piece]]) -> list[int]:
+        """Return the indices of the best generations of each prompt, the best first. If no generation is left out, the
+        order stays."""
+        if self.best == self.of:
+            return list(range(len(generated)))
+        chosen = []
+        for start in range(0, len(generated), self.of):
+            group = range(start, start + self.of)
+            chosen += sorted(group, key=lambda index: -_mean_logprob(generated[index]))[: self.best]
+        return chosen
 
     async def stream(self, *, include_usage: bool) -> AsyncIterator[str]:
         """Yield the answer as server-sent events: a chunk for each piece with text, log-probabilities or a finish
@@ -56,10 +81,12 @@ class Answer:
             for index in range(len(self.request.generations)):
                 first = {"index": index, "delta": {"role": "assistant", "content": ""}}
                 yield event({**head, "choices": [{**first, "logprobs": None, "finish_reason": None}]})
+        echoed = list(self._echoed)
         async for index, piece in self.request.pieces():
-            if piece.text or piece.finish or self.has_logprobs:
-                delta = {"content": piece.text} if piece.text else {}
-                content = {"delta": delta} if self.is_chat else {"text": piece.text}
+            text, echoed[index] = echoed[index] + piece.text, ""
+            if text or piece.finish or self.has_logprobs:
+                delta = {"content": text} if text else {}
+                content = {"delta": delta} if self.is_chat else {"text": text}
                 yield event({**head, "choices": [self._choice(index, content, [piece])]})
         if include_usage:
             yield event({**head, "choices": [], "usage": self.usage})
@@ -76,22 +103,28 @@ class Answer:
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": pieces[-1].finish}
 
     def _logprobs(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-        tokens = [piece.candidates for piece in pieces if piece.candidates]
+        tokens = [each for piece in pieces for each in (*piece.prompt, piece.candidates) if each]
         if self.is_chat:
             content = [
                 {**self._candidate(chosen), "top_logprobs": [self._candidate(each) for each in likeliest]}
                 for chosen, *likeliest in tokens
             ]
             return {"content": content, "refusal": None}
+        shown: list[tuple[int, float | None, dict[str, float] | None]] = []
+        if index in self._unscored:
+            self._unscored.discard(index)
+            shown.append((self.request.generations[index].prompt[0], None, None))
+        for candidates in tokens:
+            chosen = candidates[0]
+            shown.append((chosen.token, max(chosen.logprob, _LOWEST), self._top_logprobs(*candidates)))
         offsets = []
-        for chosen, *_ in tokens:
+        for token, *_ in shown:
             offsets.append(self._offsets[index])
-            data = self.request.backend.token_bytes(chosen.token)
-            self._offsets[index] += len(self._decoders[index].decode(data))
+            self._offsets[index] += len(self._decoders[index].decode(self.request.backend.token_bytes(token)))
         return {
-            "tokens": [self._text(chosen.token) for chosen, *_ in tokens],
-            "token_logprobs": [max(chosen.logprob, _LOWEST) for chosen, *_ in tokens],
-            "top_logprobs": [self._top_logprobs(*candidates) for candidates in tokens],
+            "tokens": [self._text(token) for token, *_ in shown],
+            "token_logprobs": [logprob for _, logprob, _ in shown],
+            "top_logprobs": [alternatives for _, _, alternatives in shown],
             "text_offset": offsets,
         }
 
@@ -118,3 +151,9 @@ class Answer:
             return data.decode("utf-8")
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _mean_logprob(pieces: Sequence[Piece]) -> float:
+    """The mean log-probability of the tokens of a generation; -inf if it has none."""
+    logprobs = [piece.candidates[0].logprob for piece in pieces if piece.candidates]
+    return sum(logprobs) / len(logprobs) if logprobs else -math.inf

@@ -15,6 +15,7 @@ LARGEST_BODY = 1 << 20
 """The largest allowed body of a request, in bytes."""
 MOST_PARTS = 32_768
 """The largest allowed number of strings, objects and lists in a body."""
+_KEY_HEADERS = ("api-key", "x-api-key")
 _READ_AND_DROPPED = 64 << 20
 """The number of bytes that the server reads of a body that is too large. If the server read less, the client would
 receive a connection reset instead of the error."""
@@ -24,7 +25,7 @@ def limit_body(app: ASGIApp, *, seconds: float, most_numbers: int) -> ASGIApp:
     """Add ASGI middleware that limits the body of a request before the body is parsed.
 
     A body must arrive within `seconds`, and have at most `LARGEST_BODY` bytes, `MOST_PARTS` strings, objects and lists,
-    and `most_numbers` numbers.
+    and `most_numbers` numbers. Every body is read as JSON, whatever its declared type, since all routes take JSON.
     """
 
     async def limited(scope: Scope, receive: Receive, send: Send) -> None:
@@ -44,7 +45,8 @@ def limit_body(app: ASGIApp, *, seconds: float, most_numbers: int) -> ASGIApp:
         async def replay() -> Message:
             return first.pop() if first else await receive()
 
-        await app(scope, replay, send)
+        headers = [header for header in scope["headers"] if header[0] != b"content-type"]
+        await app({**scope, "headers": [*headers, (b"content-type", b"application/json")]}, replay, send)
 
     return limited
 
@@ -106,10 +108,12 @@ def _auth_error(headers: Headers, api_key: str | None, *, is_open: bool) -> ApiE
         return None
     if api_key is not None:
         scheme, _, key = headers.get("authorization", "").partition(" ")
+        # Azure's and Anthropic's clients have their own headers.
+        keys = [key if scheme.lower() == "bearer" else "", *(headers.get(name, "") for name in _KEY_HEADERS)]
         # The comparison takes constant time, so that the time does not reveal how many characters of a guess are right.
-        if scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), api_key.encode()):
+        if any(hmac.compare_digest(each.strip().encode(), api_key.encode()) for each in keys):
             return None
-        message = "Incorrect API key provided: send Authorization: Bearer KEY"
+        message = "Incorrect API key provided: send Authorization: Bearer KEY, api-key: KEY or x-api-key: KEY"
         return ApiError(401, message, code="invalid_api_key")
     # With DNS rebinding, a page of another site can make a browser send requests to a loopback address. `Host` then
     # contains the host name of that site.

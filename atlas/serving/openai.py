@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,7 +14,7 @@ from atlas.serving.answers import Answer
 from atlas.serving.api.errors import ApiError
 from atlas.serving.api.requests import ChatRequest, CompletionRequest, SamplingParams
 from atlas.serving.api.responses import ChatCompletion, Completion, ModelInfo, Models
-from atlas.serving.backends.generation import Backend
+from atlas.serving.backends.generation import Backend, TooLong
 from atlas.serving.dispatcher import Dispatcher
 from atlas.serving.stream import EventStream, until_disconnect
 from atlas.tokenizer.chat import Message
@@ -33,16 +35,34 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
 
     @router.get("/models/{model:path}", response_model=ModelInfo)
     async def model(model: str) -> dict[str, Any]:
-        return _info(dispatcher.model(model))
+        return _info(dispatcher.model(model, is_exact=True))
 
     @router.post("/completions", response_model=Completion, responses=_OR_STREAM)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a text."""
-        backend = dispatcher.model(body.model)
+        backend, n = dispatcher.model(body.model), body.n or 1
+        choices = max(n, body.best_of or 1)
+        if body.best_of is not None and (body.best_of < n or (body.best_of > n and body.stream)):
+            rule = "only without stream" if body.stream else f"at least n, which is {n}"
+            raise ApiError(400, f"best_of: {rule}", param="best_of")
         prompts = await asyncio.to_thread(_prompts, body, backend)  # tokenization may be slow
-        max_tokens = body.max_tokens or _DEFAULT_TOKENS
-        generations = dispatcher.submit(backend, prompts, body, max_tokens, body.logprobs)
-        return await _respond(dispatcher, Answer(generations, is_chat=False), body, request)
+        candidates, is_default = (
+            body.candidates,
+            body.limit is None and "max_tokens" not in body.model_fields_set,
+        )
+        generations = dispatcher.submit(
+            backend,
+            prompts,
+            body,
+            max_tokens=_DEFAULT_TOKENS if is_default else body.limit,
+            candidates=0 if candidates is None and choices > n else candidates,
+            choices=choices,
+            scores_prompt=bool(body.echo) and candidates is not None,
+        )
+        answer = Answer(generations, is_chat=False, has_logprobs=candidates is not None, best=n, of=choices)
+        if body.echo:
+            answer.echo([_text(prompt, backend) for prompt in _each(body.prompt) for _ in range(choices)])
+        return await _respond(dispatcher, answer, body, request)
 
     @router.post("/chat/completions", response_model=ChatCompletion, responses=_OR_STREAM)
     async def chat(body: ChatRequest, request: Request) -> Response:
@@ -50,17 +70,13 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
         backend = dispatcher.model(body.model)
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs: only allowed with logprobs", param="top_logprobs")
-        messages = [
-            # `developer` is OpenAI's newer name for `system`.
-            Message("system" if message.role == "developer" else message.role, message.text)
-            for message in body.messages
-        ]
-        prompt = await asyncio.to_thread(backend.encode_chat, messages)
-        room = max(1, min(backend.context - len(prompt), dispatcher.settings.max_tokens))
-        max_tokens = body.max_completion_tokens or body.max_tokens or room
-        candidates = (body.top_logprobs or 0) if body.logprobs else None
-        generations = dispatcher.submit(backend, [prompt], body, max_tokens, candidates)
-        return await _respond(dispatcher, Answer(generations, is_chat=True), body, request)
+        prompt = await asyncio.to_thread(_conversation, body, backend)
+        candidates = body.candidates
+        generations = dispatcher.submit(backend, [prompt], body, max_tokens=body.limit, candidates=candidates)
+        answer = Answer(generations, is_chat=True, has_logprobs=candidates is not None)
+        if body.echo and body.continues:
+            answer.echo([body.messages[-1].text] * len(generations.generations))
+        return await _respond(dispatcher, answer, body, request)
 
     return router
 
@@ -68,22 +84,90 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
 async def _respond(
     dispatcher: Dispatcher, answer: Answer, params: SamplingParams, request: Request
 ) -> Response:
+    headers = dispatcher.ignored(params)
     if params.stream:
         include_usage = bool(params.stream_options and params.stream_options.include_usage)
         events = answer.stream(include_usage=include_usage)
-        return EventStream(events, lambda: dispatcher.close(answer.request))
+        return EventStream(events, lambda: dispatcher.close(answer.request), headers)
     try:
         content = await until_disconnect(request.receive, answer.complete())
     finally:
         dispatcher.close(answer.request)
-    return JSONResponse(content or {})  # None only after a disconnect, when no client reads the response
+    # `content` is None only after a disconnect, when no client reads the response.
+    return JSONResponse(content or {}, headers=headers)
+
+
+def _each(prompt: Any) -> list[str | list[int]]:
+    """Return the prompts in the field `prompt`, each as a text or as token ids."""
+    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+
+
+def _text(prompt: str | list[int], backend: Backend) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return b"".join(map(backend.token_bytes, prompt)).decode("utf-8", "replace")
 
 
 def _prompts(body: CompletionRequest, backend: Backend) -> list[list[int]]:
     """Return the token ids of each prompt in the request."""
-    prompt: Any = body.prompt
-    prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-    return [backend.encode(each) if isinstance(each, str) else each for each in prompts]
+    encoded = [backend.encode(each) if isinstance(each, str) else each for each in _each(body.prompt)]
+    return [_latest(ids, body, backend) for ids in encoded]
+
+
+def _conversation(body: ChatRequest, backend: Backend) -> list[int]:
+    """Return the token ids of a conversation, up to the beginning of the answer."""
+    # `developer` is OpenAI's newer name for `system`.
+    messages = [
+        Message("system" if message.role == "developer" else message.role, message.text)
+        for message in body.messages
+    ]
+    continues = body.continues
+
+    def encode(messages: Sequence[Message]) -> list[int]:
+        return backend.encode_chat(messages, continues_last=continues, variables=body.chat_template_kwargs)
+
+    if body.truncation == "auto":
+        ids = _newest_that_fit(messages, encode, _most_of_prompt(body, backend))
+    else:
+        ids = encode(messages)
+    return _latest(ids, body, backend)
+
+
+def _newest_that_fit(
+    messages: Sequence[Message], encode: Callable[[Sequence[Message]], list[int]], most: int
+) -> list[int]:
+    """Return the ids of a conversation without its oldest messages, so that it has at most `most` tokens. System
+    messages at the beginning and the last message always stay."""
+    system = next(
+        place for place, each in enumerate([*messages, None]) if each is None or each.role != "system"
+    )
+    # An answer without its question would say little.
+    starts = [place for place in range(system, len(messages)) if messages[place].role != "assistant"]
+    starts = [system, *(start for start in starts if start > system)]
+
+    def kept(start: int) -> list[int] | None:
+        try:
+            ids = encode([*messages[:system], *messages[start:]])
+        except TooLong:
+            return None
+        return ids if len(ids) <= most else None
+
+    first = bisect_left(starts, True, key=lambda start: kept(start) is not None)
+    return encode([*messages[:system], *messages[starts[min(first, len(starts) - 1)] :]])
+
+
+def _latest(ids: list[int], body: SamplingParams, backend: Backend) -> list[int]:
+    """Return the latest ids of a prompt, if the request allows to leave out the others."""
+    most = body.truncate_prompt_tokens
+    if most == -1 or (most is None and body.truncation == "auto"):
+        most = _most_of_prompt(body, backend)
+    return ids if most is None else ids[max(0, len(ids) - most) :] or ids[-1:]
+
+
+def _most_of_prompt(body: SamplingParams, backend: Backend) -> int:
+    """The number of tokens that a prompt may have so that there is room for the answer: all that it may need, but at
+    most half of the context."""
+    return backend.context - min(body.limit or backend.context // 4, backend.context // 2)
 
 
 def _info(backend: Backend) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def page_routes(dispatcher: Dispatcher) -> APIRouter:
             raise ApiError(400, f"prompt: {rule}", param="prompt")
         may_exceed = is_known and isinstance(backend, Engine)
         generations = dispatcher.submit(
-            backend, [ids], body, body.max_tokens, body.alternatives, may_exceed=may_exceed
+            backend, [ids], body, max_tokens=body.limit, candidates=body.alternatives, may_exceed=may_exceed
         )
         read = partial(_read, backend, ids, None if is_known else body.alternatives)
         return EventStream(_events(generations, in_turn, read), lambda: dispatcher.close(generations))

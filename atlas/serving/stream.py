@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from fastapi.responses import StreamingResponse
@@ -39,8 +39,10 @@ class EventStream(StreamingResponse):
     disconnect or an error.
     """
 
-    def __init__(self, events: AsyncIterator[str], on_end: Callable[[], None]) -> None:
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    def __init__(
+        self, events: AsyncIterator[str], on_end: Callable[[], None], headers: Mapping[str, str] | None = None
+    ) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})}
         super().__init__(_until_error(events), headers=headers, media_type="text/event-stream")
         self.on_end = on_end
 

@@ -11,8 +11,8 @@ end-of-text token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from atlas.tokenizer.base import Tokenizer
 from atlas.tokenizer.chat_template import Message as Message
@@ -62,18 +62,30 @@ def has_own_template(tokenizer: Tokenizer) -> bool:
     return tokenizer.chat_template not in (None, CHAT_TEMPLATE)
 
 
-def encode_chat(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+def encode_chat(
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    *,
+    continues_last: bool = False,
+    variables: Mapping[str, Any] | None = None,
+) -> list[int]:
     """Return the ids of a conversation, as a prompt for the assistant's next answer. Without a chat template of its
     own, the tokenizer uses Atlas's.
 
-    Raises `DataError` if the tokenizer's template refuses the conversation.
+    If `continues_last` is true, the last message is the beginning of this answer, and the model continues it.
+    `variables` are additional variables of the tokenizer's template; Atlas's template uses none. Raises `DataError` if
+    the tokenizer's template refuses the conversation.
     """
+    beginning = messages[-1].content.lstrip() if continues_last else ""
+    if continues_last:
+        messages = messages[:-1]
     if has_own_template(tokenizer):
-        return encode_prompt_for_answer(messages, tokenizer)
+        return encode_prompt_for_answer(messages, tokenizer, beginning, variables)
     ids = []
     for prompt, answer, _ in turns_of(messages):
         ids += [*tokenizer.encode(prompt), *(tokenizer.encode(answer) if answer else []), tokenizer.eos_id]
-    return ids + tokenizer.encode("\n<|assistant|>\n")
+    ids += tokenizer.encode("\n<|assistant|>\n" if messages else "<|assistant|>\n")
+    return ids + (tokenizer.encode(beginning) if beginning else [])
 
 
 def newest_that_fit(messages: Sequence[Message], tokenizer: Tokenizer, max_tokens: int) -> list[Message]:

@@ -11,7 +11,7 @@ import functools
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,27 +107,37 @@ def template_fault(template: str) -> str | None:
     return None
 
 
-def _render(tokenizer: Tokenizer, messages: Sequence[Message], date: datetime, *, for_answer: bool) -> str:
+def _plain(text: str, tokenizer: Tokenizer) -> str:
+    """Return a text with `_BREAK` in each part that looks like a special token."""
+    text = _OWN.sub("\ufffd", text)
+    for token in tokenizer.special_strings:
+        text = text.replace(token, f"{token[0]}{_BREAK}{token[1:]}")
+    return text
+
+
+def _render(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    date: datetime,
+    *,
+    for_answer: bool,
+    variables: Mapping[str, Any] | None = None,
+) -> str:
     """Return the text of a conversation on a date, with `_BREAK` in each text of a message that looks like a special
-    token. `for_answer` adds the beginning of an answer."""
-    special = tokenizer.special_strings
-
-    def plain(text: str) -> str:
-        text = _OWN.sub("\ufffd", text)
-        for token in special:
-            text = text.replace(token, f"{token[0]}{_BREAK}{token[1:]}")
-        return text
-
+    token. `for_answer` adds the beginning of an answer. `variables` are additional variables of the template."""
     names = {f"{name}_token": token for name, token in tokenizer.named_tokens().items()}
-    talk = [{"role": message.role, "content": plain(message.content)} for message in messages]
+    talk = [{"role": message.role, "content": _plain(message.content, tokenizer)} for message in messages]
     try:
         return _compiled(tokenizer.chat_template or "").render(
-            messages=talk,
-            add_generation_prompt=for_answer,
-            tools=None,
-            documents=None,
-            strftime_now=date.strftime,
-            **names,
+            {
+                "tools": None,
+                "documents": None,
+                **(variables or {}),
+                "messages": talk,
+                "add_generation_prompt": for_answer,
+                "strftime_now": date.strftime,
+                **names,
+            }
         )
     except (
         jinja2.TemplateError,
@@ -140,14 +150,19 @@ def _render(tokenizer: Tokenizer, messages: Sequence[Message], date: datetime, *
         raise DataError(f"the model's chat template refuses this conversation: {error!s:.300}") from None
 
 
-def encode_prompt_for_answer(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of a conversation up to the beginning of the next answer.
+def encode_prompt_for_answer(
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    beginning: str = "",
+    variables: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Return the ids of a conversation up to the next answer, with the `beginning` of this answer. `variables` are
+    additional variables of the template.
 
     Raises `DataError` if the template refuses the conversation.
     """
-    return _encode(
-        _OWN_MARKS.sub("", _render(tokenizer, messages, datetime.now(), for_answer=True)), tokenizer
-    )[0]
+    text = _render(tokenizer, messages, datetime.now(), for_answer=True, variables=variables)
+    return _encode(_OWN_MARKS.sub("", text) + _plain(beginning, tokenizer), tokenizer)[0]
 
 
 def encode_conversation(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:

@@ -15,35 +15,25 @@ from tests.served import random_model, served_model
 
 
 @pytest.mark.parametrize("item", [0.5, None, {}, [], [0.5], "", -1, {"type": "text", "text": 7}])
-@pytest.mark.parametrize("field", ["prompt", "prompt[0]", "stop", "messages", "content", "annotations"])
+@pytest.mark.parametrize("field", ["prompt", "prompt[0]", "stop", "messages", "content", "logit_bias"])
 def test_the_first_wrong_item_ends_the_validation(item: object, field: str) -> None:
     """Each error needs a kilobyte. An error for each item would let a body of 1 MiB stop the server for seconds."""
     items, message = [item] * 1000, {"role": "user", "content": "a"}
-    model: type[Body] = CompletionRequest if field in ("prompt", "prompt[0]", "stop") else ChatRequest
+    model: type[Body] = ChatRequest if field in ("messages", "content") else CompletionRequest
     body = {
         "prompt": {"prompt": items},
         "prompt[0]": {"prompt": [items]},
         "stop": {"stop": items},
         "messages": {"messages": items},
         "content": {"messages": [{**message, "content": items}]},
-        "annotations": {"messages": [{**message, "annotations": items}]},
+        "logit_bias": {"logit_bias": items},
     }[field]
+    if field == "stop" and item == "":  # an empty string stops nothing
+        assert CompletionRequest.model_validate(body).stops == ()
+        return
     with pytest.raises(ValidationError) as error:
         model.model_validate(body)
     assert error.value.error_count() < 8
-
-
-def test_the_first_unknown_field_ends_the_validation() -> None:
-    many = dict.fromkeys(map(str, range(1000)), 1)
-    message = {"role": "user", "content": "a", **many}
-    with pytest.raises(ValidationError) as error:
-        ChatRequest.model_validate({**many, "messages": [message, message], "logit_bias": many})
-    errors = [(each["loc"], each["type"]) for each in error.value.errors()]
-    assert errors == [
-        (("logit_bias",), "too_long"),
-        (("messages", 0, "0"), "extra_forbidden"),
-        (("0",), "extra_forbidden"),
-    ]
 
 
 @pytest.mark.slow

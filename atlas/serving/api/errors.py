@@ -38,14 +38,16 @@ def validation_error(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     problem = problems[0]
     if problem["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
-    if isinstance(problem.get("input"), bytes):
-        return ApiError(400, "the body is not declared as JSON: send Content-Type: application/json")
     # Pydantic's location also contains the types of a union: str, list[str], ….
     names = [str(part) for part in problem["loc"][1:] if isinstance(part, int) or part.isidentifier()]
     param = ".".join(name for name in names if name != "str") or None
-    if problem["type"] == "extra_forbidden":
-        return ApiError(400, f"Unrecognized request argument supplied: {param}", param=param)
-    value = _REPR.repr(problem.get("input"))
+    value = problem.get("input")
+    if problem["type"] == "unsupported":  # the location is that of the object which has the field
+        name = problem["ctx"]["name"]
+        param, value = f"{param}.{name}" if param else name, value[name] if isinstance(value, dict) else value
+    value = _REPR.repr(value)
     shown = value if len(value) <= 60 else value[:60] + "…"
-    reason = str(problem["msg"]).replace("Input should be", "must be")
+    reason = str(problem["msg"]).replace("Input should be", "must be").removeprefix("Value error, ")
+    if problem["type"] in ("too_short", "too_long"):
+        reason = reason.replace("List should have", "must have").partition(" after validation")[0]
     return ApiError(400, f"{param or 'the body'}: {reason}, not {shown}", param=param)

@@ -1,19 +1,35 @@
-"""The requests and responses of OpenAI's API (https://platform.openai.com/docs/api-reference).
+"""The requests of OpenAI's API (https://platform.openai.com/docs/api-reference), with the fields that Atlas acts on.
 
-The server refuses unknown fields and values of a wrong type. So the server never ignores a client's setting silently.
-`top_k`, `min_p` and `repetition_penalty` are not fields of OpenAI's API. OpenAI's Python client sends these fields with
+A value of a wrong type is an error. `fields.py` decides about all other fields. `top_k`, `min_p`, `repetition_penalty`
+and so on are not fields of OpenAI's API, but of llama.cpp's or vLLM's. OpenAI's Python client sends these fields with
 `extra_body`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    ModelWrapValidatorHandler,
+    PlainValidator,
+    PrivateAttr,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
 
 from atlas.inference.sampling import Sampling
+from atlas.serving.api.errors import ApiError
+from atlas.serving.api.fields import check_neutral, unknown
 
-MOST_CHOICES, MOST_PROMPTS, MOST_STOPS, MOST_CANDIDATES, MOST_MESSAGES = 16, 64, 16, 20, 1024
+MOST_CHOICES, MOST_PROMPTS, MOST_STOPS, MOST_CANDIDATES, MOST_MESSAGES = 16, 64, 256, 20, 1024
 """Limits of one request. The description of `stop` repeats the value of `MOST_STOPS`."""
 
 
@@ -22,51 +38,93 @@ def _integer(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _bool(value: Any) -> Any:
-    """Refuse every value except a boolean. In Python, and therefore in pydantic's `Literal`, 0 equals `False`; in JSON
-    it does not."""
-    if not isinstance(value, bool):
-        raise ValueError("must be false")
-    return value
-
-
 def _integers(values: Any) -> Any:
     """Convert the floats of a list as `_integer` does. A list without floats takes less time."""
     has_floats = isinstance(values, list) and float in set(map(type, values))
     return [*map(_integer, values)] if has_floats else values
 
 
+def _same_bool(expected: bool) -> BeforeValidator:
+    """Refuse every value except `expected`. In Python, and therefore in pydantic's `Literal`, 0 equals `False`; in JSON
+    it does not."""
+
+    def same(value: Any) -> Any:
+        if value is not expected:
+            raise ValueError(f"must be {str(expected).lower()}")
+        return value
+
+    return BeforeValidator(same)
+
+
+def _biases(value: Any) -> tuple[tuple[int, float], ...] | None:
+    """Read `logit_bias`: OpenAI's object of token id → bias, or llama.cpp's list of [token id, bias]. `false` as a bias
+    bans the token."""
+    if value is None:
+        return None
+    if not isinstance(value, (dict, list)):
+        raise ValueError("must be an object of token ids and numbers")
+    pairs = []
+    for item in value.items() if isinstance(value, dict) else value:
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            raise ValueError("must have a token id and a number in each item")
+        token, bias = item
+        token = int(token) if isinstance(token, str) and token.isdecimal() and len(token) < 10 else token
+        if type(token) is not int or token < 0:
+            raise ValueError("must have token ids as names: /tokenize gives the ids of a text")
+        if bias is not False and (type(bias) not in (int, float) or not -1000 <= bias <= 1000):
+            raise ValueError("must have biases from -1000 to 1000, or false")
+        pairs.append((token, -math.inf if bias is False else float(bias)))
+    return tuple(pairs)
+
+
 T = TypeVar("T")
 # The first wrong item ends the validation of a list. Errors for a million items would take seconds and a gigabyte.
 Items = Annotated[list[T], Field(fail_fast=True)]
 Int = Annotated[int, BeforeValidator(_integer)]
-Zero = Annotated[float, Field(ge=0, le=0)]
-IsFalse = Annotated[Literal[False], BeforeValidator(_bool)]
+IsFalse = Annotated[Literal[False], _same_bool(False)]
+IsTrue = Annotated[Literal[True], _same_bool(True)]
 TokenIds = Annotated[Items[Annotated[int, Field(ge=0)]], Field(min_length=1), BeforeValidator(_integers)]
 SEVERAL = Field(min_length=1, max_length=MOST_PROMPTS)
-Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+Stop = Annotated[str, Field(max_length=1000)]
+_BIASES = {
+    "type": ["object", "null"],
+    "additionalProperties": {"type": "number", "minimum": -1000, "maximum": 1000},
+}
+Biases = Annotated[Any, PlainValidator(_biases), WithJsonSchema(_BIASES)]
+Limit = Annotated[Int, Field(ge=-1)]
 
 
 class Body(BaseModel):
-    """A JSON object with strict types and no unknown fields. The docstring of a field is its description in the API."""
+    """A JSON object with strict types. The docstring of a field is its description in the API."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(strict=True, extra="ignore", use_attribute_docstrings=True)
+    _unknown: tuple[str, ...] = PrivateAttr(())
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _drop_unknown(cls, values: Any) -> Any:
-        """Drop all unknown fields except the first, since pydantic would make an error for each of them."""
-        if not isinstance(values, dict):
-            return values
-        first = next((name for name in values if name not in cls.model_fields), None)
-        return {name: value for name, value in values.items() if name in cls.model_fields or name == first}
+    def _check_other_fields(cls, values: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
+        others = [name for name in values if name not in cls.model_fields] if isinstance(values, dict) else []
+        for name in others:
+            check_neutral(name, values[name])
+        body = handler(values)
+        body._unknown = unknown(others, cls.model_fields)
+        return body
+
+    def ignored(self) -> Iterator[str]:
+        """Yield the names of the fields that no server knows, also those inside of messages: `messages.colour`."""
+        yield from self._unknown
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for each in value if isinstance(value, list) else [value]:
+                if isinstance(each, Body):
+                    yield from (f"{name}.{field}" for field in each.ignored())
 
 
 class StreamOptions(Body):
     """Options of a stream."""
 
     include_usage: bool | None = None
-    """Send the token counts in an additional last chunk."""
+    """Send the token counts in an additional last chunk. Without a stream, the answer always has them."""
 
 
 class SamplingSettings(Body):
@@ -74,49 +132,78 @@ class SamplingSettings(Body):
 
     temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
     """The sampling temperature; 0: always choose the likeliest token. Default: 1."""
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     """Keep only the smallest set of likeliest tokens whose probabilities sum to at least this value."""
-    top_k: Int | None = Field(None, ge=0)
-    """Keep only the k likeliest tokens; 0: keep all."""
-    min_p: float | None = Field(None, ge=0, lt=1)
+    top_k: Int | None = Field(None, ge=-1)
+    """Keep only the k likeliest tokens; 0 or -1: keep all."""
+    min_p: float | None = Field(None, ge=0, le=1)
     """Keep only tokens with at least this fraction of the likeliest token's probability."""
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     """Above 1: make tokens that occurred earlier less likely."""
+    repeat_penalty: float | None = Field(None, ge=0.01, le=100)
+    """llama.cpp's name for `repetition_penalty`, which comes first if a request has both."""
+    repeat_last_n: Int | None = Field(None, ge=-1)
+    """The penalties count only this number of the latest tokens; 0: no penalty; -1: all tokens. Default: -1."""
+    frequency_penalty: float | None = Field(None, ge=-1000, le=1000)
+    """Above 0: lower a token's logit by this value for each time that the token occurred in the prompt or the text."""
+    presence_penalty: float | None = Field(None, ge=-1000, le=1000)
+    """Above 0: lower a token's logit by this value if the token occurred in the prompt or the text."""
+    logit_bias: Biases = None
+    """Numbers that are added to the logits of tokens, as token id → number; `false` bans the token."""
 
     def sampling(self) -> Sampling:
         """Return the sampling settings. A setting that the request leaves out has no effect on sampling."""
-        named = self.model_dump(include=set(SamplingSettings.model_fields), exclude_none=True)
-        return Sampling(**{"temperature": 1.0, "top_k": 0, "top_p": 1.0, **named})
+        given = {
+            name: value
+            for name in SamplingSettings.model_fields
+            if (value := getattr(self, name)) is not None
+        }
+        penalty = given.pop("repeat_penalty", 1.0)
+        given["top_k"] = max(0, given.get("top_k", 0))
+        return Sampling(**{"temperature": 1.0, "top_p": 1.0, "repetition_penalty": penalty, **given})
 
 
 class SamplingParams(SamplingSettings):
     """The fields that requests for completions and for chat completions share."""
 
     model: str | None = None
-    """The id of a model in /v1/models. Default: the first model."""
+    """The id of a model in /v1/models. Default: the first model. A server with one model takes any name."""
     n: Int | None = Field(None, ge=1, le=MOST_CHOICES)
     """The number of generations for each prompt."""
+    max_completion_tokens: Limit | None = None
+    """The largest number of new tokens. -1 or null: the number of free positions in the context."""
+    max_tokens: Limit | None = None
+    """Another name for `max_completion_tokens`, which comes first if a request has both."""
+    n_predict: Limit | None = None
+    """llama.cpp's name for `max_tokens`, which comes first if a request has both."""
+    min_tokens: Int | None = Field(None, ge=0)
+    """The generation does not end with an end-of-text token before it has this number of tokens."""
+    ignore_eos: bool | None = None
+    """Never choose an end-of-text token."""
     seed: Int | None = Field(None, ge=-(2**63), lt=2**63)
-    """The random seed. The same request with the same seed gives the same text."""
+    """The random seed; -1: any. The same request with the same seed gives the same text."""
     stop: Stop | Items[Stop] | None = None
-    """At most 16 strings. The generation ends before the first occurrence of any of these strings."""
+    """At most 256 strings. The generation ends before the first occurrence of any of these strings."""
     stream: bool | None = None
     """Send the text in chunks during generation."""
     stream_options: StreamOptions | None = None
-    user: str | None = None
-    """Accepted and ignored."""
-    # OpenAI's clients may send the following fields with their neutral values.
-    frequency_penalty: Zero | None = None
-    """Must be 0 or null; use `repetition_penalty` instead."""
-    presence_penalty: Zero | None = None
-    """Must be 0 or null; use `repetition_penalty` instead."""
-    logit_bias: dict[str, Any] | None = Field(None, max_length=0)
-    """Must be empty or null."""
+    truncation: Literal["auto", "disabled"] | None = None
+    """`auto`: if the prompt is longer than the context, leave out its oldest messages or tokens. Default: an error."""
+    truncate_prompt_tokens: Int | None = Field(None, ge=-1)
+    """Keep only this number of the prompt's last tokens; -1: as many as the context has."""
 
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings, none, one or several."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        several = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(dict.fromkeys(stop for stop in several if stop))
+
+    @property
+    def limit(self) -> int | None:
+        """The largest number of new tokens; None: no limit, or no such field in the request."""
+        limits = (self.max_completion_tokens, self.max_tokens, self.n_predict)
+        limit = next((limit for limit in limits if limit is not None), None)
+        return None if limit == -1 else limit
 
 
 class CompletionRequest(SamplingParams):
@@ -124,48 +211,53 @@ class CompletionRequest(SamplingParams):
 
     prompt: str | Annotated[Items[str], SEVERAL] | TokenIds | Annotated[Items[TokenIds], SEVERAL] = ""
     """One text or several, each as a string or as a list of token ids. An empty text begins a document."""
-    max_tokens: Int | None = Field(None, ge=1)
-    """The largest number of new tokens. Default: 16."""
-    logprobs: Int | None = Field(None, ge=0, le=MOST_CANDIDATES)
+    max_tokens: Limit | None = None
+    """The largest number of new tokens; -1 or null: the number of free positions in the context. Default: 16."""
+    logprobs: Annotated[Int, Field(ge=0, le=MOST_CANDIDATES)] | bool | None = None
     """The number of alternatives to return for each token. If this field is set, the response has log-probabilities."""
-    echo: IsFalse | None = None
-    """Must be false or null."""
-    suffix: None = None
-    """Must be null."""
-    best_of: Int | None = Field(None, ge=1, le=1)
-    """Must be 1 or null."""
+    echo: bool | None = None
+    """Return the prompt in front of the text; with `logprobs`, with the log-probabilities of the prompt's tokens."""
+    best_of: Int | None = Field(None, ge=1, le=MOST_CHOICES)
+    """Generate this number of texts for each prompt, and return the `n` whose tokens are likeliest on average."""
+    add_special_tokens: IsTrue | None = None
+    """Must be true or null: the prompt begins with the token that the model expects, if any."""
+
+    @property
+    def candidates(self) -> int | None:
+        """The number of alternatives to return for each token; None: no log-probabilities."""
+        return int(self.logprobs) or None if isinstance(self.logprobs, bool) else self.logprobs
 
 
 class TextPart(Body):
     """A part of a message's content."""
 
-    type: Literal["text"]
+    type: Literal["text", "input_text", "output_text"]
     text: str
+
+
+def _kind_of_content(value: Any) -> str:
+    return "list[TextPart]" if isinstance(value, list) else "str"
+
+
+Content = Annotated[
+    Annotated[str, Tag("str")] | Annotated[Items[TextPart], Tag("list[TextPart]")],
+    Discriminator(_kind_of_content),
+]
 
 
 class ChatMessage(Body):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Items[TextPart]
-    name: str | None = None
-    """Accepted and ignored."""
-    # A client sends these fields if it adds an earlier answer to the conversation.
-    refusal: None = None
-    """Must be null."""
-    tool_calls: None = None
-    """Must be null."""
-    function_call: None = None
-    """Must be null."""
-    audio: None = None
-    """Must be null."""
-    annotations: Items[Any] | None = Field(None, max_length=0)
-    """Must be empty or null."""
+    content: Content | None = None
+    """A text, or several parts of a text. An answer may have none."""
 
     @property
     def text(self) -> str:
         """The content of the message as one string."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
 
 
 class ResponseFormat(Body):
@@ -178,12 +270,41 @@ class ChatRequest(SamplingParams):
     """A conversation to answer."""
 
     messages: Items[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES)
-    max_tokens: Int | None = Field(None, ge=1)
-    """Another name for `max_completion_tokens`."""
-    max_completion_tokens: Int | None = Field(None, ge=1)
-    """The largest number of new tokens. Default: the number of free positions in the context."""
     logprobs: bool | None = None
     """Return the log-probability of each token."""
     top_logprobs: Int | None = Field(None, ge=0, le=MOST_CANDIDATES)
     """With `logprobs`: the number of alternatives to return for each token."""
+    continue_final_message: bool | None = None
+    """Continue the last message, which must be the assistant's. Default: true if the assistant's message is last."""
+    add_generation_prompt: bool | None = None
+    """True: begin a new answer, also after a message of the assistant. The opposite of `continue_final_message`."""
+    echo: bool | None = None
+    """If the last message is continued: return its text in front of the new text."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables for the model's chat template."""
     response_format: ResponseFormat | None = None
+    add_special_tokens: IsFalse | None = None
+    """Must be false or null: the chat template writes the special tokens."""
+
+    @property
+    def continues(self) -> bool:
+        """Whether the model continues the last message. Raises `ApiError` if the fields contradict one another."""
+        is_last = self.messages[-1].role == "assistant"
+        continues, begins = self.continue_final_message, self.add_generation_prompt
+        if continues is None:
+            continues = is_last and not begins
+        if continues and begins:
+            rule = "not together with add_generation_prompt"
+            raise ApiError(400, f"continue_final_message: {rule}", param="continue_final_message")
+        if (continues or begins is False) and not is_last:
+            param = "continue_final_message" if continues else "add_generation_prompt"
+            rule = (
+                "only the assistant's message can be continued, and the last message is not the assistant's"
+            )
+            raise ApiError(400, f"{param}: {rule}", param=param)
+        return continues
+
+    @property
+    def candidates(self) -> int | None:
+        """The number of alternatives to return for each token; None: no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None

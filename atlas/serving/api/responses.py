@@ -23,11 +23,12 @@ class _Response(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """Log-probabilities of a completion: each field is a list with one entry per token."""
+    """Log-probabilities of a completion: each field is a list with one entry per token. With `echo`, the first token of
+    the prompt has none."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

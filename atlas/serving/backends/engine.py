@@ -11,24 +11,30 @@ import sys
 import threading
 import traceback
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from atlas.errors import AtlasError
 from atlas.inference.decoder import Decoder
-from atlas.inference.generate import empty_cache, prefill, window_start
+from atlas.inference.generate import empty_cache, last_logits, prefill_states, window_start
 from atlas.inference.load import LoadedModel
 from atlas.inference.sampling import Sampling, sample
 from atlas.inference.text import TextStream, encode_prompt
-from atlas.model import long_tensor
+from atlas.model import AtlasLM, long_tensor
 from atlas.serving.backends.generation import Backend, Busy, Candidate, Generation, Piece, failure
 from atlas.tokenizer.chat import Message, encode_chat
 
 PREFILL_TOKENS = 1024
 """The largest number of prompt positions in one prefill, padding included. Only a single prompt may have more. Running
 sequences wait during a prefill."""
+_SCORED_AT_ONCE = 128
+"""The number of positions of a prompt whose logits are computed in one chunk, since a position needs 4 bytes per token
+of the vocabulary."""
 
 
 class Engine(Backend):
@@ -61,7 +67,13 @@ class Engine(Backend):
         self.check_length(text)
         return encode_prompt(text, self.loaded.tokenizer)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        continues_last: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Return the token ids of a conversation, up to the start of the answer. Raises `AtlasError` if the model has
         no chat template, or if the template refuses the conversation."""
         if self.loaded.chat_template is None:
@@ -70,7 +82,14 @@ class Engine(Backend):
                 "messages (atlas train --init-from)"
             )
         self.check_length(*(message.content.strip() for message in messages))
-        return encode_chat(messages, self.loaded.tokenizer)
+        return encode_chat(
+            messages, self.loaded.tokenizer, continues_last=continues_last, variables=variables
+        )
+
+    @property
+    def stop_ids(self) -> Collection[int]:
+        """The ids of the end-of-text tokens."""
+        return self.loaded.tokenizer.stop_ids
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes of a token."""
@@ -137,9 +156,11 @@ class Engine(Backend):
             self._running += joining  # from here on, an error also ends the joining sequences
             windows = [each.tokens[each.start :] for each in joining]
             cache = empty_cache(self.loaded.model, len(joining), max_len=max(map(len, windows)))
-            logits = prefill(self.loaded.model, windows, cache)
+            states = prefill_states(self.loaded.model, windows, cache)
             self._cache.append(cache)
-            self._sample(joining, logits)
+            for each, row in zip(joining, states, strict=True):
+                each.score_prompt(self.loaded.model, row)
+            self._sample(joining, last_logits(self.loaded.model, states, windows))
 
     def _next_waiting(self, free: int) -> list[_Sequence]:
         """Remove sequences from the front of the queue and return them: at most `free` sequences, which together have
@@ -159,7 +180,7 @@ class Engine(Backend):
         """Sample the next token of each sequence from its row of `logits` (B, V), and remove the sequences that end."""
         groups: dict[Sampling, list[int]] = defaultdict(list)
         for row, each in enumerate(sequences):
-            groups[each.generation.sampling].append(row)
+            groups[each.sampling].append(row)
         parts, order = [], []
         for sampling, rows in groups.items():
             group = [sequences[row] for row in rows]
@@ -207,6 +228,9 @@ class _Sequence:
         self.generator = torch.Generator().manual_seed(generation.seed)
         self._stream = TextStream(loaded.tokenizer, generation.stop)
         self._stop_ids = loaded.tokenizer.stop_ids
+        self._prompt: list[list[Candidate]] = []
+        bans = tuple((id, -inf) for id in sorted(self._stop_ids))
+        self._endless = replace(generation.sampling, logit_bias=generation.sampling.logit_bias + bans)
 
     def slide(self, context: int) -> None:
         """Set `start`, the index of the first token in the model's window."""
@@ -217,18 +241,45 @@ class _Sequence:
         """The number of tokens in the cache: all tokens of the window except the newest."""
         return len(self.tokens) - self.start - 1
 
+    @property
+    def num_new(self) -> int:
+        """The number of tokens after the prompt."""
+        return len(self.tokens) - len(self.generation.prompt)
+
+    @property
+    def sampling(self) -> Sampling:
+        """The settings for the next token."""
+        must_continue = self.generation.ignore_eos or self.num_new < self.generation.min_tokens
+        return self._endless if must_continue else self.generation.sampling
+
+    def score_prompt(self, model: AtlasLM, states: Tensor) -> None:
+        """If the client requested it, compute the log-probabilities of the prompt from `states` (T, C), the final
+        hidden states."""
+        wanted = self.generation.num_candidates
+        if self.generation.scores_prompt and wanted is not None and self.num_new == 0:
+            ids = self.tokens[1:]
+            for start in range(0, len(ids), _SCORED_AT_ONCE):
+                tokens = dict(enumerate(ids[start : start + _SCORED_AT_ONCE]))
+                logits = model.head(states[start : start + len(tokens)])
+                candidates = _top_logprobs(logits, tokens, dict.fromkeys(tokens, wanted))
+                self._prompt += candidates.values()
+
     def add(self, token: int, candidates: list[Candidate]) -> Piece:
         """Append a token, and return the piece for this token. If the client requested `candidates`, the first
         candidate is the token."""
+        generation, prompt, self._prompt = self.generation, self._prompt, []
+        if generation.max_tokens == 0:
+            return Piece("", finish="length", num_tokens=0, prompt=prompt)
         if token in self._stop_ids:
-            return Piece(self._stream.finish(), finish="stop", num_tokens=0)
+            shown = candidates if generation.scores_prompt else ()
+            return Piece(self._stream.finish(), shown, finish="stop", num_tokens=0, prompt=prompt)
         self.tokens.append(token)
         text, finish = self._stream.add(token), None
         if self._stream.stopped:
             finish = "stop"
-        elif len(self.tokens) - len(self.generation.prompt) == self.generation.max_tokens:
+        elif self.num_new == generation.max_tokens:
             text, finish = text + self._stream.finish(), "length"
-        return Piece(text, candidates, finish)
+        return Piece(text, candidates, finish, prompt=prompt)
 
 
 def _top_logprobs(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence, Sized
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from atlas.inference.sampling import Sampling
 from atlas.serving.api.errors import ApiError
@@ -30,7 +30,8 @@ class Piece(NamedTuple):
 
     `text` is empty while a character or a possible stop string is incomplete. If the client requested
     log-probabilities, `candidates` are the chosen token and then the likeliest tokens. The end-of-text token is not
-    part of the text and has no candidates. `finish` is set in the last piece: `stop`, `length`, `error` or `timeout`.
+    part of the text and has no candidates, except if the prompt is scored. `finish` is set in the last piece: `stop`,
+    `length`, `error` or `timeout`.
     """
 
     text: str
@@ -38,6 +39,8 @@ class Piece(NamedTuple):
     finish: str | None = None
     num_tokens: int = 1
     """The number of new tokens. If the backend does not report some tokens, the next piece counts these tokens too."""
+    prompt: Sequence[Sequence[Candidate]] = ()
+    """In the first piece, if the prompt is scored: the candidates of each token of the prompt except the first."""
 
 
 @dataclass(eq=False)
@@ -52,6 +55,12 @@ class Generation:
     stop: tuple[str, ...] = ()
     num_candidates: int | None = None
     """The number of alternatives to return for each token; None: compute no log-probabilities."""
+    min_tokens: int = 0
+    """The number of tokens before which no end-of-text token is chosen."""
+    ignore_eos: bool = False
+    """Whether an end-of-text token is never chosen."""
+    scores_prompt: bool = False
+    """Whether the first piece has the log-probabilities of the prompt's tokens."""
     index: int = 0
     """The position of this generation in its request."""
     queue: asyncio.Queue[tuple[int, Piece]] | None = None
@@ -135,9 +144,21 @@ class Backend(ABC):
         """Return the token ids of a text. For an empty text, return the id that begins a document."""
 
     @abstractmethod
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Return the token ids of a conversation, up to the start of the answer. Raises `AtlasError` if the model has
-        no chat format."""
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        continues_last: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Return the token ids of a conversation, up to the start of the answer. If `continues_last` is true, the last
+        message is the start of the answer. `variables` are variables for the chat template. Raises `AtlasError` if the
+        model has no chat template, or if the template refuses the conversation."""
+
+    @property
+    @abstractmethod
+    def stop_ids(self) -> Collection[int]:
+        """The ids of the end-of-text tokens."""
 
     @abstractmethod
     def token_bytes(self, token: int) -> bytes:

@@ -13,7 +13,7 @@ import secrets
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from atlas.errors import AtlasError
 from atlas.export.gguf import read_metadata
 from atlas.export.llama_cpp import server_params
+from atlas.serving.api.errors import ApiError
 from atlas.serving.backends.generation import Backend, Busy, Candidate, Generation, Piece, failure
 from atlas.tokenizer.byte_level import token_bytes
 from atlas.tokenizer.chat import Message
@@ -64,6 +65,7 @@ class Llama(Backend):
 
             params = server_params(path, used * parallel, threads, parallel=parallel)
             params.api_keys = [self._key]
+            params.prefill_assistant = False  # `encode_chat` continues a message itself
             self._server = xllamacpp.Server(params)
         except ImportError:
             raise AtlasError('--gguf: llama.cpp is not installed: pip install "atlas-llm[llama]"') from None
@@ -78,23 +80,37 @@ class Llama(Backend):
         self._closed = False
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text. For an empty text, return the id that begins a document."""
+        """Return the token ids of a text. For an empty text, return the id that begins a document. As in llama.cpp's
+        own server, special tokens in the text, such as `<|im_end|>`, are read as special tokens."""
         self.check_length(text)
-        return self._tokenize(text, parse_special=False) or [self._eos_id]
+        return self._tokenize(text) or [self._eos_id]
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Return the token ids of a conversation in the file's chat template. Raises `AtlasError` if there is no
-        template."""
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        continues_last: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Return the token ids of a conversation in the file's chat template, up to the start of the answer. Raises
+        `AtlasError` if there is no template, or if the template refuses the conversation."""
         if not self._has_template:
             raise AtlasError(f"{self.id}: the file has no chat template: use /v1/completions")
         self.check_length(*(message.content.strip() for message in messages))
-        body = {"messages": [message._asdict() for message in messages]}
-        return self._tokenize(self._ask("/apply-template", body)["prompt"], parse_special=True)
+        earlier = messages[:-1] if continues_last else messages
+        body = {"messages": [{"role": each.role, "content": each.content} for each in earlier]}
+        text = self._ask("/apply-template", {**body, "chat_template_kwargs": variables or {}})["prompt"]
+        return self._tokenize(text + messages[-1].content.lstrip() if continues_last else text)
 
-    def _tokenize(self, text: str, *, parse_special: bool) -> list[int]:
-        body = {"content": text, "add_special": False, "parse_special": parse_special}
+    def _tokenize(self, text: str) -> list[int]:
+        body = {"content": text, "add_special": True, "parse_special": True}
         ids: list[int] = self._ask("/tokenize", body)["tokens"]
         return ids
+
+    @property
+    def stop_ids(self) -> Collection[int]:
+        """The id of the end-of-text token. llama.cpp may end a text at other tokens too."""
+        return (self._eos_id,)
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes of a token."""
@@ -105,7 +121,18 @@ class Llama(Backend):
         return text.encode("utf-8")
 
     def submit(self, generations: Sequence[Generation]) -> None:
-        """Put all generations into the queue. If the queue is too full, add no generation and raise `Busy`."""
+        """Put all generations into the queue. If the queue is too full, add no generation and raise `Busy`. Raises
+        `ApiError` for what llama.cpp's server cannot do."""
+        for name, is_wanted in (
+            ("min_tokens", generations[0].min_tokens > 0),
+            ("echo with logprobs", generations[0].scores_prompt),
+        ):
+            if is_wanted:
+                raise ApiError(
+                    400,
+                    f"{name}: llama.cpp's server cannot do this: serve the checkpoint",
+                    param=name.split()[0],
+                )
         with self._lock:
             self._waiting = {each for each in self._waiting if not each.cancelled}
             if len(self._running) + len(self._waiting) + len(generations) > self.capacity:
@@ -146,9 +173,12 @@ class Llama(Backend):
             "stream": True,
             "return_tokens": True,
             "samplers": _SAMPLERS,
-            **asdict(sampling),  # llama.cpp uses the same names, except for the penalty
+            **asdict(sampling),  # llama.cpp uses the same names, except for the repetition penalty
             "repeat_penalty": sampling.repetition_penalty,
-            "repeat_last_n": self.context + 1,
+            "repeat_last_n": self.context + 1 if sampling.repeat_last_n < 0 else sampling.repeat_last_n,
+            # JSON has no infinity; `false` bans a token.
+            "logit_bias": [[id, bias if math.isfinite(bias) else False] for id, bias in sampling.logit_bias],
+            "ignore_eos": generation.ignore_eos,
             "seed": generation.seed % (2**32 - 1),  # 2³² − 1 means a random seed in llama.cpp
             "stop": generation.stop,
             # With `n_probs` 0, llama.cpp would not report the probability of the chosen token.
