@@ -21,6 +21,7 @@ from atlas.tokenizer.chat import Message
 
 _DEFAULT_TOKENS = 16
 """The default of `max_tokens` for completions in OpenAI's API."""
+_LIMITS = {"max_tokens", "max_completion_tokens", "n_predict"}
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 _OR_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 
