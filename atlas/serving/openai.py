@@ -47,10 +47,7 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
             rule = "only without stream" if body.stream else f"at least n, which is {n}"
             raise ApiError(400, f"best_of: {rule}", param="best_of")
         prompts = await asyncio.to_thread(_prompts, body, backend)  # tokenization may be slow
-        candidates, is_default = (
-            body.candidates,
-            body.limit is None and "max_tokens" not in body.model_fields_set,
-        )
+        candidates, is_default = body.candidates, not body.model_fields_set & _LIMITS
         generations = dispatcher.submit(
             backend,
             prompts,
