@@ -77,9 +77,9 @@ INSIDE = {
     "export": "architectures gguf_header llama_cpp quantize save_imported < hf_format vocabulary < gguf "
     "import_first_version score < huggingface import_gguf import_hf verify < peft",
     "reporting": "curves dataset_statistics targets < dataset_figure runs < figure report",
-    "serving.api": "errors fields responses < requests",
-    "serving.backends": "generation < engine llama",
-    "serving": "files limits metrics runs server stream < answers dispatcher < openai pages < app",
+    "serving.api": "errors fields responses < body < formats < requests",
+    "serving.backends": "grammar < generation < engine llama",
+    "serving": "files limits metrics runs server stream tools < answers dispatcher < openai pages < app",
     "cli": "choose_text doctor_facts old_flags options plan_report < terminal < choose_preset "
     "dataset_tables doctor evaluate export generate import_model info_checkpoint info_conversations look plan_output "
     "report serve train < demo info_dataset prepare < info plan < pipeline",
@@ -197,7 +197,13 @@ def test_each_package_that_is_imported_is_one_we_ask_for() -> None:
     """What only some other package happens to bring is gone one day."""
     owners = metadata.packages_distributions()
     # Parts of what these give to their users; and aiohttp, which fsspec asks for where a URL is HTTP.
-    brought = {"starlette": "fastapi", "fsspec": "torch", "aiohttp": "torch", "datasets": "lm-eval"}
+    brought = {
+        "starlette": "fastapi",
+        "pydantic_core": "pydantic",
+        "fsspec": "torch",
+        "aiohttp": "torch",
+        "datasets": "lm-eval",
+    }
     asked = declared_distributions()
     for path in SOURCES:
         for line, name in third_party(parsed(path)):

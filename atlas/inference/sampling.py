@@ -24,6 +24,10 @@ _COLDEST = 1e-6
 """The lowest temperature that logits are divided by. A division by a lower temperature could overflow in fp32, and only
 the likeliest token would be drawn anyway."""
 
+BAN = -1e9
+"""The logit bias that bans a token. It is finite, so that a banned token can still be chosen if all others are
+impossible."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -45,7 +49,7 @@ class Sampling:
     repeat_last_n: int = -1
     """The number of the latest tokens that count as seen; -1: all tokens, those of the prompt included."""
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """(token id, number that is added to this token's logit) pairs; -inf bans a token."""
+    """(token id, number that is added to this token's logit) pairs; `BAN` bans a token."""
 
     def __post_init__(self) -> None:
         for name, valid, rule in (
@@ -60,7 +64,11 @@ class Sampling:
 
 
 def sample(
-    logits: Tensor, sampling: Sampling, seen: list[list[int]], generators: list[torch.Generator]
+    logits: Tensor,
+    sampling: Sampling,
+    seen: list[list[int]],
+    generators: list[torch.Generator],
+    allowed: Tensor | None = None,
 ) -> Tensor:
     """Return (B,): the next token id of each row, or -1 for a row whose logits are not finite.
 
@@ -70,6 +78,8 @@ def sample(
     logits = logits.float()
     is_finite = logits.sum(dim=-1).isfinite()
     logits = adjust(logits, seen, sampling)
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -torch.inf)
     is_greedy = sampling.temperature == 0
     tokens = logits.argmax(dim=-1) if is_greedy else draw(probabilities(logits, sampling), generators)
     return tokens.where(is_finite, -1)

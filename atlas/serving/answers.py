@@ -11,6 +11,7 @@ from typing import Any
 
 from atlas.serving.backends.generation import Candidate, GenerationRequest, Piece
 from atlas.serving.stream import event
+from atlas.serving.tools import Call, CallStream, read_calls
 
 _LOWEST = -9999.0
 """The log-probability that OpenAI's API returns for an impossible token, since JSON has no infinity."""
@@ -20,12 +21,21 @@ class Answer:
     """The answer to `request`: a chat completion if `is_chat` is true, otherwise a text completion.
 
     Of every `of` generations, the answer has the `best` ones: those whose tokens have the largest mean log-probability.
+    `must_call` is not None if the model may call functions: true if the text is a call, false if it may contain calls.
     """
 
     def __init__(
-        self, request: GenerationRequest, *, is_chat: bool, has_logprobs: bool, best: int = 1, of: int = 1
+        self,
+        request: GenerationRequest,
+        *,
+        is_chat: bool,
+        has_logprobs: bool,
+        best: int = 1,
+        of: int = 1,
+        must_call: bool | None = None,
     ) -> None:
         self.request = request
+        self.must_call = must_call
         self.is_chat = is_chat
         self.has_logprobs = has_logprobs
         self.best, self.of = best, of
@@ -55,9 +65,15 @@ class Answer:
         choices: list[dict[str, Any]] = []
         for index in self._best_of(generated):
             text = self._echoed[index] + "".join(piece.text for piece in generated[index])
-            message = {"role": "assistant", "content": text, "refusal": None}
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            calls: list[Call] = []
+            if self.must_call is not None:
+                text, calls = read_calls(text, must_call=self.must_call)
+                message["content"] = text or None
+                message |= {"tool_calls": [call.shown() for call in calls]} if calls else {}
             content = {"message": message} if self.is_chat else {"text": text}
-            choices.append({**self._choice(index, content, generated[index]), "index": len(choices)})
+            choice = {**self._choice(index, content, generated[index]), "index": len(choices)}
+            choices.append({**choice, "finish_reason": "tool_calls"} if calls else choice)
         return {**self.head, "choices": choices, "usage": self.usage}
 
     def _best_of(self, generated: Sequence[Sequence[Piece]]) -> list[int]:
@@ -81,13 +97,19 @@ class Answer:
             for index in range(len(self.request.generations)):
                 first = {"index": index, "delta": {"role": "assistant", "content": ""}}
                 yield event({**head, "choices": [{**first, "logprobs": None, "finish_reason": None}]})
-        echoed = list(self._echoed)
+        echoed, calls = list(self._echoed), [CallStream(must_call=bool(self.must_call)) for _ in self._echoed]
         async for index, piece in self.request.pieces():
             text, echoed[index] = echoed[index] + piece.text, ""
+            if self.must_call is not None:
+                text = calls[index].add(text, is_last=piece.finish is not None)
             if text or piece.finish or self.has_logprobs:
-                delta = {"content": text} if text else {}
+                delta: dict[str, Any] = {"content": text} if text else {}
                 content = {"delta": delta} if self.is_chat else {"text": text}
-                yield event({**head, "choices": [self._choice(index, content, [piece])]})
+                choice = self._choice(index, content, [piece])
+                if piece.finish and (found := calls[index].calls):
+                    delta["tool_calls"] = [call.shown(number) for number, call in enumerate(found)]
+                    choice["finish_reason"] = "tool_calls"
+                yield event({**head, "choices": [choice]})
         if include_usage:
             yield event({**head, "choices": [], "usage": self.usage})
         yield "data: [DONE]\n\n"

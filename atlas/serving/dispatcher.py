@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from atlas.inference.sampling import row_seed
+from atlas.serving.api.body import Body
 from atlas.serving.api.errors import ApiError
 from atlas.serving.api.fields import MOST_NAMED, shown
-from atlas.serving.api.requests import MOST_STOPS, Body, SamplingParams
+from atlas.serving.api.requests import MOST_STOPS, SamplingParams
 from atlas.serving.backends.generation import Backend, Generation, GenerationRequest, TooLong
 from atlas.serving.metrics import Metrics
 
@@ -74,6 +75,7 @@ class Dispatcher:
         candidates: int | None,
         choices: int | None = None,
         scores_prompt: bool = False,
+        constraint: Any = None,
         may_exceed: bool = False,
     ) -> GenerationRequest:
         """Put generations of each prompt into the queue of `backend`. Raises `ApiError` if the request exceeds a limit
@@ -81,15 +83,14 @@ class Dispatcher:
 
         Each prompt has `choices` generations (default: `params.n`) of at most `max_tokens` tokens, and of not more than
         the server allows. None is the number of free positions in the context. `candidates` is the number of
-        alternatives to return for each token, and `scores_prompt` also returns those of the prompt's tokens. If
+        alternatives to return for each token, and `scores_prompt` also returns those of the prompt's tokens.
+        `constraint` is the grammar of the texts, as `Backend.constrain` returned it. If
         `may_exceed` is true, a prompt may be longer than the model's context. The model then reads only the prompt's
         last tokens.
         """
         each, known = choices or params.n or 1, backend.vocab_size
         texts, largest, sampling = len(prompts) * each, max(map(max, prompts)), params.sampling()
         biased = max((token for token, _ in sampling.logit_bias), default=0)
-        banned = {token for token, bias in sampling.logit_bias if bias == -math.inf}
-        banned.update(backend.stop_ids if params.ignore_eos or params.min_tokens else ())
         at_most = f"at most {backend.capacity} completions in one request, not {texts}"
         for is_wrong, param, rule in (
             (
@@ -99,8 +100,9 @@ class Dispatcher:
             ),
             (texts > backend.capacity, "n", at_most),
             (largest >= known, "prompt", f"token {largest}: the vocabulary has {known} tokens"),
+            (params.ignore_eos and constraint is not None, "ignore_eos", "not together with a format"),
+            (params.min_tokens and constraint is not None, "min_tokens", "not together with a format"),
             (biased >= known, "logit_bias", f"token {biased}: the vocabulary has {known} tokens"),
-            (len(banned) >= known, "logit_bias", "bans every token: allow one"),
         ):
             if is_wrong:
                 raise ApiError(400, f"{param}: {rule}", param=param)
@@ -120,6 +122,7 @@ class Dispatcher:
                 min_tokens=params.min_tokens or 0,
                 ignore_eos=bool(params.ignore_eos),
                 scores_prompt=scores_prompt,
+                constraint=constraint,
             )
             for row, prompt in enumerate(rows)
         ]

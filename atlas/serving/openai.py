@@ -15,13 +15,17 @@ from atlas.serving.api.errors import ApiError
 from atlas.serving.api.requests import ChatRequest, CompletionRequest, SamplingParams
 from atlas.serving.api.responses import ChatCompletion, Completion, ModelInfo, Models
 from atlas.serving.backends.generation import Backend, TooLong
+from atlas.serving.backends.grammar import CALL_BEGIN, Grammar
 from atlas.serving.dispatcher import Dispatcher
 from atlas.serving.stream import EventStream, until_disconnect
+from atlas.serving.tools import call_grammar, described, knows_calls, with_instruction, written
 from atlas.tokenizer.chat import Message
 
 _DEFAULT_TOKENS = 16
 """The default of `max_tokens` for completions in OpenAI's API."""
 _LIMITS = {"max_tokens", "max_completion_tokens", "n_predict"}
+_ROLES = {"developer": "system"}
+"""OpenAI's newer names of roles."""
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 _OR_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 
@@ -47,6 +51,7 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
             rule = "only without stream" if body.stream else f"at least n, which is {n}"
             raise ApiError(400, f"best_of: {rule}", param="best_of")
         prompts = await asyncio.to_thread(_prompts, body, backend)  # tokenization may be slow
+        constraint = await asyncio.to_thread(_constraint, body, backend)
         candidates, is_default = body.candidates, not body.model_fields_set & _LIMITS
         generations = dispatcher.submit(
             backend,
@@ -56,6 +61,7 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
             candidates=0 if candidates is None and choices > n else candidates,
             choices=choices,
             scores_prompt=bool(body.echo) and candidates is not None,
+            constraint=constraint,
         )
         answer = Answer(generations, is_chat=False, has_logprobs=candidates is not None, best=n, of=choices)
         if body.echo:
@@ -69,9 +75,12 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs: only allowed with logprobs", param="top_logprobs")
         prompt = await asyncio.to_thread(_conversation, body, backend)
-        candidates = body.candidates
-        generations = dispatcher.submit(backend, [prompt], body, max_tokens=body.limit, candidates=candidates)
-        answer = Answer(generations, is_chat=True, has_logprobs=candidates is not None)
+        constraint = await asyncio.to_thread(_constraint, body, backend)
+        candidates, must_call = body.candidates, body.must_call if body.offered else None
+        generations = dispatcher.submit(
+            backend, [prompt], body, max_tokens=body.limit, candidates=candidates, constraint=constraint
+        )
+        answer = Answer(generations, is_chat=True, has_logprobs=candidates is not None, must_call=must_call)
         if body.echo and body.continues:
             answer.echo([body.messages[-1].text] * len(generations.generations))
         return await _respond(dispatcher, answer, body, request)
@@ -114,21 +123,42 @@ def _prompts(body: CompletionRequest, backend: Backend) -> list[list[int]]:
 
 def _conversation(body: ChatRequest, backend: Backend) -> list[int]:
     """Return the token ids of a conversation, up to the beginning of the answer."""
-    # `developer` is OpenAI's newer name for `system`.
+    tools, continues = body.offered, body.continues
     messages = [
-        Message("system" if message.role == "developer" else message.role, message.text)
-        for message in body.messages
+        Message(_ROLES.get(each.role, each.role), written(each.text, each.tool_calls or []))
+        for each in body.messages
     ]
-    continues = body.continues
+    variables = dict(body.chat_template_kwargs or {})
+    if tools and knows_calls(backend.chat_template):
+        variables["tools"] = described(tools)
+    elif tools:
+        messages = with_instruction(messages, tools)
+    if tools and body.must_call:  # the answer begins inside of a call
+        start = messages.pop().content + "\n" if continues else ""
+        messages.append(Message("assistant", f"{start}{CALL_BEGIN}\n"))
+        continues = True
 
     def encode(messages: Sequence[Message]) -> list[int]:
-        return backend.encode_chat(messages, continues_last=continues, variables=body.chat_template_kwargs)
+        return backend.encode_chat(messages, continues_last=continues, variables=variables)
 
     if body.truncation == "auto":
         ids = _newest_that_fit(messages, encode, _most_of_prompt(body, backend))
     else:
         ids = encode(messages)
     return _latest(ids, body, backend)
+
+
+def _constraint(body: CompletionRequest | ChatRequest, backend: Backend) -> Any:
+    """Return the grammar of the texts, as `Backend.constrain` returns it; None: any text."""
+    if isinstance(body, ChatRequest) and (tools := body.offered):
+        is_one = body.parallel_tool_calls is False
+        return backend.constrain(call_grammar(tools, must_call=body.must_call, is_one=is_one))
+    if body.json_schema:
+        return backend.constrain(Grammar(body.json_schema, "json_schema"))
+    form = body.response_format
+    if form is None or (schema := form.schema_of_text) is None:
+        return None
+    return backend.constrain(Grammar(schema, "response_format", is_strict=form.is_strict))
 
 
 def _newest_that_fit(

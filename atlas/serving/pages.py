@@ -19,8 +19,9 @@ from pydantic import Field
 from atlas.inference import look
 from atlas.inference.generate import window_start
 from atlas.inference.load import LoadedModel
+from atlas.serving.api.body import Body, TokenIds
 from atlas.serving.api.errors import ApiError
-from atlas.serving.api.requests import MOST_CANDIDATES, Body, SamplingParams, SamplingSettings, TokenIds
+from atlas.serving.api.requests import MOST_CANDIDATES, SamplingParams, SamplingSettings
 from atlas.serving.backends.engine import Engine
 from atlas.serving.backends.generation import Backend, GenerationRequest
 from atlas.serving.dispatcher import Dispatcher

@@ -36,7 +36,8 @@ import psutil
 from fastapi.routing import APIRoute
 
 from atlas.export.save_imported import save_imported
-from atlas.serving.api.requests import Body, ChatMessage
+from atlas.serving.api.body import Body
+from atlas.serving.api.requests import ChatMessage
 from atlas.serving.dispatcher import Dispatcher, ServerSettings
 from atlas.serving.limits import LARGEST_BODY
 from atlas.serving.openai import openai_routes

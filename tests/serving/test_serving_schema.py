@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from atlas.serving.api.requests import Body, ChatRequest, CompletionRequest
+from atlas.serving.api.body import Body
+from atlas.serving.api.requests import ChatRequest, CompletionRequest
 from atlas.serving.dispatcher import ServerSettings
 from tests.served import random_model, served_model
 

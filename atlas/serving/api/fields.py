@@ -60,8 +60,8 @@ class Unsupported(NamedTuple):
 _SAMPLERS = "use temperature, top_k, top_p and min_p"
 _TEXT = "the model reads and writes only text"
 _SHAPE = "the response has OpenAI's shape"
-_TOOLS = "this server does not call tools"
-_FORMATS = "this server does not constrain the format of an answer"
+_TOOLS = "only /v1/chat/completions can call functions, with tools and tool_choice"
+_FORMATS = "use response_format or json_schema"
 _STOPS = "use stop"
 
 UNSUPPORTED: Mapping[str, Unsupported] = {

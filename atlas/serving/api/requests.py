@@ -7,53 +7,17 @@ and so on are not fields of OpenAI's API, but of llama.cpp's or vLLM's. OpenAI's
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    ModelWrapValidatorHandler,
-    PlainValidator,
-    PrivateAttr,
-    Tag,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import Discriminator, Field, PlainValidator, Tag, WithJsonSchema
 
-from atlas.inference.sampling import Sampling
+from atlas.inference.sampling import BAN, Sampling
+from atlas.serving.api.body import Body, Int, IsFalse, IsTrue, Items, TokenIds
 from atlas.serving.api.errors import ApiError
-from atlas.serving.api.fields import check_neutral, unknown
+from atlas.serving.api.formats import ResponseFormat, Tool, ToolCall, ToolChoice
 
 MOST_CHOICES, MOST_PROMPTS, MOST_STOPS, MOST_CANDIDATES, MOST_MESSAGES = 16, 64, 256, 20, 1024
 """Limits of one request. The description of `stop` repeats the value of `MOST_STOPS`."""
-
-
-def _integer(value: Any) -> Any:
-    """Convert a float such as 5.0 to an int, since JSON has only one type of number."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _integers(values: Any) -> Any:
-    """Convert the floats of a list as `_integer` does. A list without floats takes less time."""
-    has_floats = isinstance(values, list) and float in set(map(type, values))
-    return [*map(_integer, values)] if has_floats else values
-
-
-def _same_bool(expected: bool) -> BeforeValidator:
-    """Refuse every value except `expected`. In Python, and therefore in pydantic's `Literal`, 0 equals `False`; in JSON
-    it does not."""
-
-    def same(value: Any) -> Any:
-        if value is not expected:
-            raise ValueError(f"must be {str(expected).lower()}")
-        return value
-
-    return BeforeValidator(same)
 
 
 def _biases(value: Any) -> tuple[tuple[int, float], ...] | None:
@@ -73,17 +37,10 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...] | None:
             raise ValueError("must have token ids as names: /tokenize gives the ids of a text")
         if bias is not False and (type(bias) not in (int, float) or not -1000 <= bias <= 1000):
             raise ValueError("must have biases from -1000 to 1000, or false")
-        pairs.append((token, -math.inf if bias is False else float(bias)))
+        pairs.append((token, BAN if bias is False else float(bias)))
     return tuple(pairs)
 
 
-T = TypeVar("T")
-# The first wrong item ends the validation of a list. Errors for a million items would take seconds and a gigabyte.
-Items = Annotated[list[T], Field(fail_fast=True)]
-Int = Annotated[int, BeforeValidator(_integer)]
-IsFalse = Annotated[Literal[False], _same_bool(False)]
-IsTrue = Annotated[Literal[True], _same_bool(True)]
-TokenIds = Annotated[Items[Annotated[int, Field(ge=0)]], Field(min_length=1), BeforeValidator(_integers)]
 SEVERAL = Field(min_length=1, max_length=MOST_PROMPTS)
 Stop = Annotated[str, Field(max_length=1000)]
 _BIASES = {
@@ -92,32 +49,6 @@ _BIASES = {
 }
 Biases = Annotated[Any, PlainValidator(_biases), WithJsonSchema(_BIASES)]
 Limit = Annotated[Int, Field(ge=-1)]
-
-
-class Body(BaseModel):
-    """A JSON object with strict types. The docstring of a field is its description in the API."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", use_attribute_docstrings=True)
-    _unknown: tuple[str, ...] = PrivateAttr(())
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _check_other_fields(cls, values: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
-        others = [name for name in values if name not in cls.model_fields] if isinstance(values, dict) else []
-        for name in others:
-            check_neutral(name, values[name])
-        body = handler(values)
-        body._unknown = unknown(others, cls.model_fields)
-        return body
-
-    def ignored(self) -> Iterator[str]:
-        """Yield the names of the fields that no server knows, also those inside of messages: `messages.colour`."""
-        yield from self._unknown
-        for name in type(self).model_fields:
-            value = getattr(self, name)
-            for each in value if isinstance(value, list) else [value]:
-                if isinstance(each, Body):
-                    yield from (f"{name}.{field}" for field in each.ignored())
 
 
 class StreamOptions(Body):
@@ -189,6 +120,10 @@ class SamplingParams(SamplingSettings):
     stream_options: StreamOptions | None = None
     truncation: Literal["auto", "disabled"] | None = None
     """`auto`: if the prompt is longer than the context, leave out its oldest messages or tokens. Default: an error."""
+    response_format: ResponseFormat | None = None
+    """What the text must be: any text, a JSON object, or JSON that follows a schema."""
+    json_schema: dict[str, Any] | None = None
+    """llama.cpp's name for a `response_format` with this JSON schema; an empty schema asks for nothing."""
     truncate_prompt_tokens: Int | None = Field(None, ge=-1)
     """Keep only this number of the prompt's last tokens; -1: as many as the context has."""
 
@@ -248,9 +183,13 @@ Content = Annotated[
 class ChatMessage(Body):
     """A message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     """A text, or several parts of a text. An answer may have none."""
+    tool_calls: Items[ToolCall] | None = None
+    """The functions that an earlier answer called."""
+    tool_call_id: str | None = None
+    """The call whose result this message has."""
 
     @property
     def text(self) -> str:
@@ -258,12 +197,6 @@ class ChatMessage(Body):
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
         return self.content or ""
-
-
-class ResponseFormat(Body):
-    """The format of the answer, which can only be text."""
-
-    type: Literal["text"]
 
 
 class ChatRequest(SamplingParams):
@@ -282,9 +215,29 @@ class ChatRequest(SamplingParams):
     """If the last message is continued: return its text in front of the new text."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables for the model's chat template."""
-    response_format: ResponseFormat | None = None
+    tools: Annotated[Items[Tool], Field(max_length=128)] | None = None
+    """Functions that the model may call."""
+    tool_choice: Literal["none", "auto", "required", ""] | ToolChoice | None = None
+    """Whether the model must call a function, or which one. Default: the model decides."""
+    parallel_tool_calls: bool | None = None
+    """False: the answer has at most one call."""
     add_special_tokens: IsFalse | None = None
     """Must be false or null: the chat template writes the special tokens."""
+
+    @property
+    def offered(self) -> list[Tool]:
+        """The functions that the model may call: none, all of them, or the one that `tool_choice` names."""
+        tools = [] if self.tool_choice == "none" else list(self.tools or [])
+        if isinstance(self.tool_choice, ToolChoice):
+            tools = [tool for tool in tools if tool.function.name == self.tool_choice.function.name]
+        if not tools and self.tool_choice not in (None, "none", "auto", ""):
+            raise ApiError(400, "tool_choice: tools has no such function", param="tool_choice")
+        return tools
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer must be a call."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, ToolChoice)
 
     @property
     def continues(self) -> bool:

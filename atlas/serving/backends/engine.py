@@ -11,22 +11,23 @@ import sys
 import threading
 import traceback
 from collections import defaultdict, deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import inf
 from typing import Any
 
 import torch
+from llguidance import LLMatcher
 from torch import Tensor
 
 from atlas.errors import AtlasError
 from atlas.inference.decoder import Decoder
 from atlas.inference.generate import empty_cache, last_logits, prefill_states, window_start
 from atlas.inference.load import LoadedModel
-from atlas.inference.sampling import Sampling, sample
+from atlas.inference.sampling import BAN, Sampling, sample
 from atlas.inference.text import TextStream, encode_prompt
 from atlas.model import AtlasLM, long_tensor
 from atlas.serving.backends.generation import Backend, Busy, Candidate, Generation, Piece, failure
+from atlas.serving.backends.grammar import Grammar, Vocabulary, allowed_tokens
 from atlas.tokenizer.chat import Message, encode_chat
 
 PREFILL_TOKENS = 1024
@@ -52,6 +53,8 @@ class Engine(Backend):
         self._outbox: list[tuple[Generation, Piece]] = []
         self._wake = threading.Condition()
         self._closed = False
+        self._vocabulary: Vocabulary | None = None
+        self._vocabulary_lock = threading.Lock()
         self._cache = empty_cache(loaded.model, parallel)
         self._cache.truncate([])
         self._decoder = Decoder(loaded.model, self._cache)
@@ -87,9 +90,15 @@ class Engine(Backend):
         )
 
     @property
-    def stop_ids(self) -> Collection[int]:
-        """The ids of the end-of-text tokens."""
-        return self.loaded.tokenizer.stop_ids
+    def chat_template(self) -> str | None:
+        """The model's chat template in Jinja; None if it has none."""
+        return self.loaded.tokenizer.chat_template
+
+    def constrain(self, grammar: Grammar) -> LLMatcher:
+        """Return the start of a grammar. Raises `ApiError` if its schema is not valid or not supported."""
+        with self._vocabulary_lock:
+            self._vocabulary = self._vocabulary or Vocabulary(self.loaded.tokenizer)
+        return self._vocabulary.matcher(grammar)
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes of a token."""
@@ -186,7 +195,9 @@ class Engine(Backend):
             group = [sequences[row] for row in rows]
             seen, generators = [each.tokens for each in group], [each.generator for each in group]
             part = logits[long_tensor(rows, logits.device)] if len(groups) > 1 else logits
-            parts.append(sample(part, sampling, seen, generators))
+            matchers = [each.matcher for each in group]
+            allowed = allowed_tokens(matchers, part.shape[-1], part.device) if any(matchers) else None
+            parts.append(sample(part, sampling, seen, generators, allowed))
             order += rows
         # Here, and in `_top_logprobs`, the CPU waits for the GPU.
         tokens: dict[int, int] = dict(zip(order, torch.cat(parts).tolist(), strict=True))
@@ -229,7 +240,8 @@ class _Sequence:
         self._stream = TextStream(loaded.tokenizer, generation.stop)
         self._stop_ids = loaded.tokenizer.stop_ids
         self._prompt: list[list[Candidate]] = []
-        bans = tuple((id, -inf) for id in sorted(self._stop_ids))
+        self.matcher: LLMatcher | None = generation.constraint.deep_copy() if generation.constraint else None
+        bans = tuple((id, BAN) for id in sorted(self._stop_ids))
         self._endless = replace(generation.sampling, logit_bias=generation.sampling.logit_bias + bans)
 
     def slide(self, context: int) -> None:
@@ -277,6 +289,11 @@ class _Sequence:
         text, finish = self._stream.add(token), None
         if self._stream.stopped:
             finish = "stop"
+        elif self.matcher is not None and not self.matcher.consume_token(token):
+            print(f"the grammar cannot be followed: {self.matcher.get_error():.500}", file=sys.stderr)
+            return failure("error")
+        elif self.matcher is not None and self.matcher.is_stopped():
+            text, finish = text + self._stream.finish(), "stop"
         elif self.num_new == generation.max_tokens:
             text, finish = text + self._stream.finish(), "length"
         return Piece(text, candidates, finish, prompt=prompt)

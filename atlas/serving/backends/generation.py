@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence, Sized
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from atlas.inference.sampling import Sampling
 from atlas.serving.api.errors import ApiError
+from atlas.serving.backends.grammar import Grammar
 from atlas.tokenizer.chat import Message
 
 _SHORT_TEXT = 64 << 10
@@ -61,6 +62,8 @@ class Generation:
     """Whether an end-of-text token is never chosen."""
     scores_prompt: bool = False
     """Whether the first piece has the log-probabilities of the prompt's tokens."""
+    constraint: Any = None
+    """The grammar that the text follows, as `Backend.constrain` returned it; None: any text."""
     index: int = 0
     """The position of this generation in its request."""
     queue: asyncio.Queue[tuple[int, Piece]] | None = None
@@ -157,8 +160,13 @@ class Backend(ABC):
 
     @property
     @abstractmethod
-    def stop_ids(self) -> Collection[int]:
-        """The ids of the end-of-text tokens."""
+    def chat_template(self) -> str | None:
+        """The model's chat template in Jinja; None if it has none."""
+
+    @abstractmethod
+    def constrain(self, grammar: Grammar) -> Any:
+        """Return the value of `Generation.constraint` for a grammar. Raises `ApiError` if its schema is not valid or
+        not supported."""
 
     @abstractmethod
     def token_bytes(self, token: int) -> bytes:

@@ -13,7 +13,7 @@ import secrets
 import sys
 import threading
 import traceback
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
@@ -24,8 +24,10 @@ from urllib.parse import urlsplit
 from atlas.errors import AtlasError
 from atlas.export.gguf import read_metadata
 from atlas.export.llama_cpp import server_params
+from atlas.inference.sampling import BAN
 from atlas.serving.api.errors import ApiError
 from atlas.serving.backends.generation import Backend, Busy, Candidate, Generation, Piece, failure
+from atlas.serving.backends.grammar import Grammar, rules_of
 from atlas.tokenizer.byte_level import token_bytes
 from atlas.tokenizer.chat import Message
 
@@ -58,7 +60,7 @@ class Llama(Backend):
         super().__init__(name, context=used - 1, vocab_size=vocab_size, parallel=parallel, queue=queue)
         self._is_byte_level = metadata.get("tokenizer.ggml.model") == "gpt2"
         self.longest_token = max(map(len, self._tokens)) if self._is_byte_level else None
-        self._has_template = "tokenizer.chat_template" in metadata
+        self._template: str | None = metadata.get("tokenizer.chat_template")
         self._key = secrets.token_hex()
         try:
             import xllamacpp
@@ -94,12 +96,17 @@ class Llama(Backend):
     ) -> list[int]:
         """Return the token ids of a conversation in the file's chat template, up to the start of the answer. Raises
         `AtlasError` if there is no template, or if the template refuses the conversation."""
-        if not self._has_template:
+        if self._template is None:
             raise AtlasError(f"{self.id}: the file has no chat template: use /v1/completions")
         self.check_length(*(message.content.strip() for message in messages))
         earlier = messages[:-1] if continues_last else messages
-        body = {"messages": [{"role": each.role, "content": each.content} for each in earlier]}
-        text = self._ask("/apply-template", {**body, "chat_template_kwargs": variables or {}})["prompt"]
+        others = dict(variables or {})
+        tools = others.pop("tools", None)
+        body: dict[str, Any] = {
+            "messages": [{"role": each.role, "content": each.content} for each in earlier]
+        }
+        body |= {"chat_template_kwargs": others, **({"tools": tools} if tools else {})}
+        text = self._ask("/apply-template", body)["prompt"]
         return self._tokenize(text + messages[-1].content.lstrip() if continues_last else text)
 
     def _tokenize(self, text: str) -> list[int]:
@@ -108,9 +115,14 @@ class Llama(Backend):
         return ids
 
     @property
-    def stop_ids(self) -> Collection[int]:
-        """The id of the end-of-text token. llama.cpp may end a text at other tokens too."""
-        return (self._eos_id,)
+    def chat_template(self) -> str | None:
+        """The file's chat template in Jinja; None if it has none."""
+        return self._template
+
+    def constrain(self, grammar: Grammar) -> str:
+        """Return the rules of a grammar, which llama.cpp follows with its own llguidance. Raises `ApiError` if the
+        schema is not valid or not supported."""
+        return rules_of(grammar, self._tokens)
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes of a token."""
@@ -176,9 +188,9 @@ class Llama(Backend):
             **asdict(sampling),  # llama.cpp uses the same names, except for the repetition penalty
             "repeat_penalty": sampling.repetition_penalty,
             "repeat_last_n": self.context + 1 if sampling.repeat_last_n < 0 else sampling.repeat_last_n,
-            # JSON has no infinity; `false` bans a token.
-            "logit_bias": [[id, bias if math.isfinite(bias) else False] for id, bias in sampling.logit_bias],
+            "logit_bias": [[id, bias if bias > BAN else False] for id, bias in sampling.logit_bias],
             "ignore_eos": generation.ignore_eos,
+            "grammar": generation.constraint or "",
             "seed": generation.seed % (2**32 - 1),  # 2³² − 1 means a random seed in llama.cpp
             "stop": generation.stop,
             # With `n_probs` 0, llama.cpp would not report the probability of the chosen token.

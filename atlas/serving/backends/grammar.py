@@ -1,0 +1,108 @@
+"""Which tokens may come next, so that a generated text follows a JSON schema or calls a function.
+
+The package llguidance (https://github.com/guidance-ai/llguidance) follows the grammar from token to token. An answer
+that ends by itself then always parses, however small the model is. An answer that ends at the limit of tokens may be
+incomplete.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from torch import Tensor
+
+from atlas.serving.api.errors import ApiError
+from atlas.tokenizer import Tokenizer
+
+CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
+"""The marks around a function call in a text, as in the format of Hermes 2 Pro and Qwen."""
+_JSON = {"whitespace_pattern": r"( |\n {0,16})?"}
+"""White space in JSON is limited. Otherwise a small model could write spaces without end."""
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What a generation must be: JSON that follows `schema`, or, if `is_call` is true, any text with calls, of which
+    each is JSON between `CALL_BEGIN` and `CALL_END`."""
+
+    schema: dict[str, Any]
+    field: str
+    """The field of the request that an error names."""
+    is_strict: bool = True
+    """Whether a keyword of JSON Schema that cannot be enforced is an error. Otherwise it is ignored."""
+    is_call: bool = False
+    is_one: bool = False
+    """Whether a text may have only one call."""
+
+
+def rules_of(grammar: Grammar, special: Container[str]) -> str:
+    """Return the rules of a grammar in llguidance's variant of Lark. `special` are the tokenizer's special tokens.
+    Raises `ApiError` if the grammar's schema is not valid or not supported."""
+    options = {**_JSON, "lenient": not grammar.is_strict}
+    value = f"%json {json.dumps({**grammar.schema, 'x-guidance': options})}"
+    rules = f"%llguidance {{}}\nstart: {value}\n"
+    if grammar.is_call:
+        is_token = CALL_BEGIN in special
+        begin, end = (mark if mark in special else json.dumps(mark) for mark in (CALL_BEGIN, CALL_END))
+        # A lazy rule ends as soon as it can. So the mark begins a call wherever it occurs in a text.
+        head = f"head: ANY {begin}" if is_token else f"head[lazy]: ANY {begin}"
+        text = "ANY" if is_token else f"ANY & ~/(.|\\n)*{CALL_BEGIN}(.|\\n)*/"
+        rules = (
+            f"%llguidance {{}}\nstart: call{'?' if grammar.is_one else '*'} TEXT\n"
+            f'call: head "\\n" {value} "\\n" {end}\n{head}\nTEXT: {text}\nANY: /(.|\\n)*/\n'
+        )
+    checked = rules_of(replace(grammar, is_call=False), ()) if grammar.is_call else rules
+    is_wrong, messages = LLMatcher.validate_grammar_with_warnings(checked)
+    if is_wrong:
+        reason = messages[0].partition("failed to compile JSON schema: ")[2] or messages[0]
+        raise ApiError(400, f"{grammar.field}: {reason.splitlines()[0]:.300}", param=grammar.field)
+    return rules
+
+
+class Vocabulary:
+    """The tokens of a tokenizer in the form that llguidance needs. The constructor takes about a second for 50,000
+    tokens."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._special = tokenizer.special_strings
+        tokens = _Tokens(tokenizer)
+        self._tokens = LLTokenizer(TokenizerWrapper(tokens), eos_token=sorted(tokenizer.stop_ids))
+
+    def matcher(self, grammar: Grammar) -> LLMatcher:
+        """Return the start of a grammar. Raises `ApiError` if the grammar's schema is not valid or not supported."""
+        matcher = LLMatcher(self._tokens, rules_of(grammar, self._special), log_level=0)
+        if matcher.is_error():
+            raise ApiError(400, f"{grammar.field}: {matcher.get_error():.300}", param=grammar.field)
+        return matcher
+
+
+class _Tokens:
+    """The attributes of a tokenizer that llguidance reads."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.tokens = [tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
+        self.eos_token_id, self.bos_token_id = tokenizer.eos_id, None
+        self.special_token_ids = sorted({*tokenizer.special_strings.values(), *tokenizer.stop_ids})
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self._tokenizer.encode(text.decode("utf-8", "replace"))
+
+
+def allowed_tokens(matchers: Sequence[LLMatcher | None], width: int, device: torch.device) -> Tensor:
+    """Return (B, `width`): whether each token may come next in each row. A row without a matcher allows all tokens."""
+    allowed = np.ones((len(matchers), width), dtype=bool)
+    for row, matcher in zip(allowed, matchers, strict=True):
+        if matcher is not None:
+            bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little")[
+                :width
+            ]
+            row[:] = False
+            row[: len(bits)] = bits
+    return torch.from_numpy(allowed).to(device, non_blocking=True)
