@@ -79,7 +79,7 @@ INSIDE = {
     "reporting": "curves dataset_statistics targets < dataset_figure runs < figure report",
     "serving.api": "errors fields responses < body < formats < requests",
     "serving.backends": "grammar < generation < engine llama",
-    "serving": "files limits metrics runs server stream tools < answers dispatcher < openai pages < app",
+    "serving": "files limits metrics runs server stream tools < answers dispatcher prompts < openai pages < app",
     "cli": "choose_text doctor_facts old_flags options plan_report < terminal < choose_preset "
     "dataset_tables doctor evaluate export generate import_model info_checkpoint info_conversations look plan_output "
     "report serve train < demo info_dataset prepare < info plan < pipeline",

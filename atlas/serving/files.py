@@ -15,10 +15,12 @@ _HEADERS = {
 }
 _PAGE, _REPORT = resources.files("atlas.serving") / "page", resources.files("atlas.reporting") / "static"
 _CHARTS = ("charts.js", "report.css", "uplot/uPlot.iife.min.js", "uplot/uPlot.min.css")
+_OWN = ("page.css", "page.js", "common.js", "tokens.js", "views.js", "runs.js", "chat.js")
 FILES = {
     "/": _PAGE / "index.html",
+    "/chat": _PAGE / "chat.html",
     "/runs": _PAGE / "runs.html",
-    **{f"/{name}": _PAGE / name for name in ("page.css", "page.js", "common.js", "views.js", "runs.js")},
+    **{f"/{name}": _PAGE / name for name in _OWN},
     **{f"/{name}": _REPORT.joinpath(*name.split("/")) for name in _CHARTS},
 }
 """URL path → file."""

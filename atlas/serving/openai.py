@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,18 +12,16 @@ from atlas.serving.answers import Answer
 from atlas.serving.api.errors import ApiError
 from atlas.serving.api.requests import ChatRequest, CompletionRequest, SamplingParams
 from atlas.serving.api.responses import ChatCompletion, Completion, ModelInfo, Models
-from atlas.serving.backends.generation import Backend, TooLong
-from atlas.serving.backends.grammar import CALL_BEGIN, Grammar
+from atlas.serving.backends.generation import Backend
+from atlas.serving.backends.grammar import Grammar
 from atlas.serving.dispatcher import Dispatcher
+from atlas.serving.prompts import each_prompt, encode_conversation, encode_prompts, text_of
 from atlas.serving.stream import EventStream, until_disconnect
-from atlas.serving.tools import call_grammar, described, knows_calls, with_instruction, written
-from atlas.tokenizer.chat import Message
+from atlas.serving.tools import call_grammar
 
 _DEFAULT_TOKENS = 16
 """The default of `max_tokens` for completions in OpenAI's API."""
 _LIMITS = {"max_tokens", "max_completion_tokens", "n_predict"}
-_ROLES = {"developer": "system"}
-"""OpenAI's newer names of roles."""
 _EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 _OR_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 
@@ -50,7 +46,7 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
         if body.best_of is not None and (body.best_of < n or (body.best_of > n and body.stream)):
             rule = "only without stream" if body.stream else f"at least n, which is {n}"
             raise ApiError(400, f"best_of: {rule}", param="best_of")
-        prompts = await asyncio.to_thread(_prompts, body, backend)  # tokenization may be slow
+        prompts = await asyncio.to_thread(encode_prompts, body, backend)  # tokenization may be slow
         constraint = await asyncio.to_thread(_constraint, body, backend)
         candidates, is_default = body.candidates, not body.model_fields_set & _LIMITS
         generations = dispatcher.submit(
@@ -65,7 +61,9 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
         )
         answer = Answer(generations, is_chat=False, has_logprobs=candidates is not None, best=n, of=choices)
         if body.echo:
-            answer.echo([_text(prompt, backend) for prompt in _each(body.prompt) for _ in range(choices)])
+            answer.echo(
+                [text_of(prompt, backend) for prompt in each_prompt(body.prompt) for _ in range(choices)]
+            )
         return await _respond(dispatcher, answer, body, request)
 
     @router.post("/chat/completions", response_model=ChatCompletion, responses=_OR_STREAM)
@@ -74,7 +72,7 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
         backend = dispatcher.model(body.model)
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs: only allowed with logprobs", param="top_logprobs")
-        prompt = await asyncio.to_thread(_conversation, body, backend)
+        prompt = await asyncio.to_thread(encode_conversation, body, backend)
         constraint = await asyncio.to_thread(_constraint, body, backend)
         candidates, must_call = body.candidates, body.must_call if body.offered else None
         generations = dispatcher.submit(
@@ -104,50 +102,6 @@ async def _respond(
     return JSONResponse(content or {}, headers=headers)
 
 
-def _each(prompt: Any) -> list[str | list[int]]:
-    """Return the prompts in the field `prompt`, each as a text or as token ids."""
-    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-
-
-def _text(prompt: str | list[int], backend: Backend) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return b"".join(map(backend.token_bytes, prompt)).decode("utf-8", "replace")
-
-
-def _prompts(body: CompletionRequest, backend: Backend) -> list[list[int]]:
-    """Return the token ids of each prompt in the request."""
-    encoded = [backend.encode(each) if isinstance(each, str) else each for each in _each(body.prompt)]
-    return [_latest(ids, body, backend) for ids in encoded]
-
-
-def _conversation(body: ChatRequest, backend: Backend) -> list[int]:
-    """Return the token ids of a conversation, up to the beginning of the answer."""
-    tools, continues = body.offered, body.continues
-    messages = [
-        Message(_ROLES.get(each.role, each.role), written(each.text, each.tool_calls or []))
-        for each in body.messages
-    ]
-    variables = dict(body.chat_template_kwargs or {})
-    if tools and knows_calls(backend.chat_template):
-        variables["tools"] = described(tools)
-    elif tools:
-        messages = with_instruction(messages, tools)
-    if tools and body.must_call:  # the answer begins inside of a call
-        start = messages.pop().content + "\n" if continues else ""
-        messages.append(Message("assistant", f"{start}{CALL_BEGIN}\n"))
-        continues = True
-
-    def encode(messages: Sequence[Message]) -> list[int]:
-        return backend.encode_chat(messages, continues_last=continues, variables=variables)
-
-    if body.truncation == "auto":
-        ids = _newest_that_fit(messages, encode, _most_of_prompt(body, backend))
-    else:
-        ids = encode(messages)
-    return _latest(ids, body, backend)
-
-
 def _constraint(body: CompletionRequest | ChatRequest, backend: Backend) -> Any:
     """Return the grammar of the texts, as `Backend.constrain` returns it; None: any text."""
     if isinstance(body, ChatRequest) and (tools := body.offered):
@@ -159,43 +113,6 @@ def _constraint(body: CompletionRequest | ChatRequest, backend: Backend) -> Any:
     if form is None or (schema := form.schema_of_text) is None:
         return None
     return backend.constrain(Grammar(schema, "response_format", is_strict=form.is_strict))
-
-
-def _newest_that_fit(
-    messages: Sequence[Message], encode: Callable[[Sequence[Message]], list[int]], most: int
-) -> list[int]:
-    """Return the ids of a conversation without its oldest messages, so that it has at most `most` tokens. System
-    messages at the beginning and the last message always stay."""
-    system = next(
-        place for place, each in enumerate([*messages, None]) if each is None or each.role != "system"
-    )
-    # An answer without its question would say little.
-    starts = [place for place in range(system, len(messages)) if messages[place].role != "assistant"]
-    starts = [system, *(start for start in starts if start > system)]
-
-    def kept(start: int) -> list[int] | None:
-        try:
-            ids = encode([*messages[:system], *messages[start:]])
-        except TooLong:
-            return None
-        return ids if len(ids) <= most else None
-
-    first = bisect_left(starts, True, key=lambda start: kept(start) is not None)
-    return encode([*messages[:system], *messages[starts[min(first, len(starts) - 1)] :]])
-
-
-def _latest(ids: list[int], body: SamplingParams, backend: Backend) -> list[int]:
-    """Return the latest ids of a prompt, if the request allows to leave out the others."""
-    most = body.truncate_prompt_tokens
-    if most == -1 or (most is None and body.truncation == "auto"):
-        most = _most_of_prompt(body, backend)
-    return ids if most is None else ids[max(0, len(ids) - most) :] or ids[-1:]
-
-
-def _most_of_prompt(body: SamplingParams, backend: Backend) -> int:
-    """The number of tokens that a prompt may have so that there is room for the answer: all that it may need, but at
-    most half of the context."""
-    return backend.context - min(body.limit or backend.context // 4, backend.context // 2)
 
 
 def _info(backend: Backend) -> dict[str, Any]:

@@ -21,10 +21,11 @@ from atlas.inference.generate import window_start
 from atlas.inference.load import LoadedModel
 from atlas.serving.api.body import Body, TokenIds
 from atlas.serving.api.errors import ApiError
-from atlas.serving.api.requests import MOST_CANDIDATES, SamplingParams, SamplingSettings
+from atlas.serving.api.requests import MOST_CANDIDATES, ChatRequest, SamplingParams, SamplingSettings
 from atlas.serving.backends.engine import Engine
 from atlas.serving.backends.generation import Backend, GenerationRequest
 from atlas.serving.dispatcher import Dispatcher
+from atlas.serving.prompts import encode_conversation
 from atlas.serving.runs import RunFolder
 from atlas.serving.stream import EventStream, event, until_disconnect
 
@@ -42,6 +43,8 @@ each token, in about a kilobyte of memory."""
 
 T = TypeVar("T")
 Prompt = str | TokenIds
+InTurn = Callable[..., Awaitable[Any]]
+"""A function that calls its argument in the thread of `page_routes`."""
 
 
 class WriteRequest(SamplingParams):
@@ -49,6 +52,13 @@ class WriteRequest(SamplingParams):
 
     prompt: Prompt = ""
     max_tokens: int = Field(100, ge=1)
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
+    alternatives: int = Field(10, ge=0, le=MOST_CANDIDATES)
+
+
+class TalkRequest(ChatRequest):
+    """A conversation to answer, with alternatives for each token."""
+
     n: Annotated[int, Field(ge=1, le=1)] | None = None
     alternatives: int = Field(10, ge=0, le=MOST_CANDIDATES)
 
@@ -94,25 +104,7 @@ def page_routes(dispatcher: Dispatcher) -> APIRouter:
         looking = in_turn(work, backend.loaded, ids[start:], start, body)
         return await until_disconnect(request.receive, looking)
 
-    @router.post("/api/write")
-    async def write(body: WriteRequest) -> Response:
-        """Send events: the prompt's tokens, each new token with its probability, and at the end the finish reason.
-
-        If the prompt is a list of token ids, the client continues an earlier text. The client already has the
-        probabilities of these tokens, so the response omits them.
-        """
-        backend = dispatcher.model(body.model)
-        ids = await _ids(backend, body.prompt)
-        is_known = not isinstance(body.prompt, str)
-        if len(ids) > (most := max(backend.context, MOST_KNOWN)):
-            rule = f"at most {most:,} token ids, not {len(ids):,}: begin a new text"
-            raise ApiError(400, f"prompt: {rule}", param="prompt")
-        may_exceed = is_known and isinstance(backend, Engine)
-        generations = dispatcher.submit(
-            backend, [ids], body, max_tokens=body.limit, candidates=body.alternatives, may_exceed=may_exceed
-        )
-        read = partial(_read, backend, ids, None if is_known else body.alternatives)
-        return EventStream(_events(generations, in_turn, read), lambda: dispatcher.close(generations))
+    _add_generation(router, dispatcher, in_turn)
 
     @router.post("/api/sampling")
     async def sampling(body: SamplingRequest, request: Request) -> dict[str, Any] | None:
@@ -133,6 +125,42 @@ def page_routes(dispatcher: Dispatcher) -> APIRouter:
     return router
 
 
+def _add_generation(router: APIRouter, dispatcher: Dispatcher, in_turn: InTurn) -> None:
+    """Add the routes that generate text and send it as events."""
+
+    @router.post("/api/write")
+    async def write(body: WriteRequest) -> Response:
+        """Send events: the prompt's tokens, each new token with its probability, and at the end the finish reason.
+
+        If the prompt is a list of token ids, the client continues an earlier text. The client already has the
+        probabilities of these tokens, so the response omits them.
+        """
+        backend = dispatcher.model(body.model)
+        ids = await _ids(backend, body.prompt)
+        is_known = not isinstance(body.prompt, str)
+        if len(ids) > (most := max(backend.context, MOST_KNOWN)):
+            rule = f"at most {most:,} token ids, not {len(ids):,}: begin a new text"
+            raise ApiError(400, f"prompt: {rule}", param="prompt")
+        may_exceed = is_known and isinstance(backend, Engine)
+        generations = dispatcher.submit(
+            backend, [ids], body, max_tokens=body.limit, candidates=body.alternatives, may_exceed=may_exceed
+        )
+        read = partial(_read, backend, ids, None if is_known else body.alternatives)
+        return EventStream(_events(generations, in_turn, read), lambda: dispatcher.close(generations))
+
+    @router.post("/api/chat")
+    async def chat(body: TalkRequest) -> Response:
+        """Send the events of /api/write for the answer to a conversation. The prompt is the conversation as the chat
+        template writes it."""
+        backend = dispatcher.model(body.model)
+        ids = await asyncio.to_thread(encode_conversation, body, backend)
+        generations = dispatcher.submit(
+            backend, [ids], body, max_tokens=body.limit, candidates=body.alternatives
+        )
+        read = partial(_read, backend, ids, body.alternatives)
+        return EventStream(_events(generations, in_turn, read), lambda: dispatcher.close(generations))
+
+
 async def _ids(backend: Backend, prompt: Prompt) -> list[int]:
     return await asyncio.to_thread(backend.encode, prompt) if isinstance(prompt, str) else prompt
 
@@ -147,7 +175,7 @@ def _read(backend: Backend, ids: list[int], alternatives: int | None) -> list[di
 
 async def _events(
     generations: GenerationRequest,
-    in_turn: Callable[[Callable[[], str]], Awaitable[str]],
+    in_turn: InTurn,
     read: Callable[[], list[dict[str, Any]]],
 ) -> AsyncIterator[str]:
     backend = generations.backend

@@ -1,12 +1,12 @@
 // The page at /: generate text with a model, and look at each token. The code needs no framework, no build step and no
 // other host.
-import { ask, element, hasKey, number, percent, showKey, stream, visible, width } from "./common.js";
+import { ask, element, hasKey, number, percent, showKey, stream, visible } from "./common.js";
+import { alternativeRows, tokenElement } from "./tokens.js";
 import { drawAttention, drawLayers, drawSampling } from "./views.js";
 
 const $ = (id) => document.getElementById(id);
 const ALTERNATIVES = 10;
 const ENDS = { stop: "the text ended", length: "the token limit was reached" };
-const MOST_BITS = 16; // the surprise, in bits, at which the colour is strongest
 
 let models = [];
 let columns = []; // one per model that generates
@@ -36,26 +36,9 @@ function makeColumns() {
   showView();
 }
 
-/** A sign for line ends, for empty tokens, and for parts of a character that a later token completes. */
-function signOf({ text, shown }) {
-  if (text === "") return "∅";
-  return shown === "" ? "·" : "↵".repeat(shown.split("\n").length - 1);
-}
-
 function addToken(column, token) {
   const index = column.tokens.length;
-  const span = element("span", { className: token.given ? "token prompt" : "token", textContent: token.shown });
-  const sign = signOf(token);
-  if (sign) span.dataset.sign = sign; // the browser shows the sign, but does not copy it with the text
-  span.setAttribute("role", "button");
-  span.setAttribute("aria-pressed", "false");
-  span.tabIndex = index === 0 ? 0 : -1;
-  span.dataset.index = index;
-  if (token.probability !== null) {
-    const bits = -Math.log2(Math.max(token.probability, 1e-6));
-    if (!token.given) span.style.setProperty("--surprise", Math.min(1, bits / MOST_BITS));
-    span.title = `${percent(token.probability)}, a surprise of ${bits.toFixed(1)} bits`;
-  }
+  const span = tokenElement(token, index);
   token.span = span;
   column.tokens.push(token);
   column.text.append(span);
@@ -247,15 +230,11 @@ async function showAlternatives(place) {
     : (await about(place, "api/sampling", { prompt: idsBefore(place) })).candidates
         .slice(0, ALTERNATIVES)
         .map(({ id, text, probabilities }) => ({ id, text, probability: probabilities.model }));
-  const rows = alternatives.map((each) => {
+  const rows = alternativeRows(alternatives, token?.id, (each) => {
     const button = element("button", { className: "piece", textContent: visible(each.text) });
     button.addEventListener("click", () => branch(place, each, alternatives));
     button.title = "continue the text with this token";
-    const row = element("tr", { className: each.id === token?.id ? "chosen" : "" });
-    const bar = element("i");
-    bar.style.width = width(each.probability);
-    row.append(element("td", {}, button), element("td", { textContent: percent(each.probability) }), element("td", { className: "bar" }, bar));
-    return row;
+    return button;
   });
   $("view").replaceChildren(
     facts(place, token ? `: ${percent(token.probability)} by the model, before any setting.` : ": these are the likeliest."),
