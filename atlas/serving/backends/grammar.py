@@ -44,7 +44,8 @@ class Grammar:
 def rules_of(grammar: Grammar, special: Container[str]) -> str:
     """Return the rules of a grammar in llguidance's variant of Lark. `special` are the tokenizer's special tokens.
     Raises `ApiError` if the grammar's schema is not valid or not supported."""
-    options = {**_JSON, "lenient": not grammar.is_strict}
+    # `oneOf` is followed as `anyOf`, whose answers may match several of the schemas.
+    options = {**_JSON, "lenient": not grammar.is_strict, "coerce_one_of": not grammar.is_strict}
     value = f"%json {json.dumps({**grammar.schema, 'x-guidance': options})}"
     rules = f"%llguidance {{}}\nstart: {value}\n"
     if grammar.is_call:
