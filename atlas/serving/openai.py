@@ -104,15 +104,22 @@ async def _respond(
 
 def _constraint(body: CompletionRequest | ChatRequest, backend: Backend) -> Any:
     """Return the grammar of the texts, as `Backend.constrain` returns it; None: any text."""
+    try:
+        grammar = _grammar(body)
+        return None if grammar is None else backend.constrain(grammar)
+    except RecursionError:
+        raise ApiError(400, "the schema is nested too deeply: use references") from None
+
+
+def _grammar(body: CompletionRequest | ChatRequest) -> Grammar | None:
     if isinstance(body, ChatRequest) and (tools := body.offered):
-        is_one = body.parallel_tool_calls is False
-        return backend.constrain(call_grammar(tools, must_call=body.must_call, is_one=is_one))
+        return call_grammar(tools, must_call=body.must_call, is_one=body.parallel_tool_calls is False)
     if body.json_schema:
-        return backend.constrain(Grammar(body.json_schema, "json_schema"))
+        return Grammar(body.json_schema, "json_schema")
     form = body.response_format
     if form is None or (schema := form.schema_of_text) is None:
         return None
-    return backend.constrain(Grammar(schema, "response_format", is_strict=form.is_strict))
+    return Grammar(schema, "response_format", is_strict=form.is_strict)
 
 
 def _info(backend: Backend) -> dict[str, Any]:

@@ -198,6 +198,20 @@ def test_a_schema_that_cannot_be_followed_is_an_error(
     assert post(address, body, CHAT)[0] == (200 if "not" in schema else 400)
 
 
+def test_a_schema_that_is_too_large_is_an_error_and_not_a_crash(address: str) -> None:
+    deep: dict = {"type": "integer"}
+    for _ in range(300):
+        deep = {"type": "object", "properties": {"a": deep}}
+    wide = {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(3000)}}
+    elsewhere = {"$ref": "file:///etc/hostname"}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": deep}}]
+    for body in ({"json_schema": deep}, {"json_schema": wide}, {"json_schema": elsewhere}, {"tools": tools}):
+        status, answer = post(address, {"model": "random", "messages": ASK, "max_tokens": 4, **body}, CHAT)
+        assert status == 400, answer
+        assert len(answer["error"]["message"]) < 400
+    assert post(address, {"model": "random", "messages": ASK, "max_tokens": 4}, CHAT)[0] == 200
+
+
 def test_no_end_of_text_can_be_forbidden_in_json(address: str) -> None:
     body = {"model": "random", "prompt": "x", "json_schema": {"type": "integer"}}
     for option in ({"ignore_eos": True}, {"min_tokens": 3}):
@@ -211,6 +225,26 @@ def test_no_end_of_text_can_be_forbidden_in_json(address: str) -> None:
         isinstance(json.loads(answer["choices"][0]["text"]), int)
         or answer["choices"][0]["finish_reason"] == "length"
     )
+
+
+def test_an_object_has_only_the_properties_that_its_schema_names() -> None:
+    """Small models invent properties. A schema may say that others are welcome."""
+    vocabulary, tokenizer = Vocabulary(Tokenizer.gpt2()), Tokenizer.gpt2()
+
+    def accepts(schema: dict, text: str) -> bool:
+        matcher, ids = vocabulary.matcher(Grammar(schema, "x")), tokenizer.encode(text)
+        return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+    inner = {"type": "object", "properties": {"properties": {"type": "integer"}}, "required": ["properties"]}
+    outer = {"type": "object", "properties": {"a": {"type": "array", "items": inner}}, "required": ["a"]}
+    assert accepts(outer, '{"a":[{"properties":1}]}')
+    assert not accepts(outer, '{"a":[{"properties":1}],"b":2}')
+    assert not accepts(outer, '{"a":[{"properties":1,"b":2}]}')
+    assert accepts({**inner, "additionalProperties": True}, '{"properties":1,"b":2}')
+    joined = {
+        "allOf": [inner, {"type": "object", "properties": {"b": {"type": "integer"}}, "required": ["b"]}]
+    }
+    assert accepts(joined, '{"properties":1,"b":2}')
 
 
 # Functions

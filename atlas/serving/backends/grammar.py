@@ -25,6 +25,20 @@ CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
 _JSON = {"whitespace_pattern": r"( |\n {0,16})?"}
 """White space in JSON is limited. Otherwise a small model could write spaces without end."""
 
+_SCHEMAS = {"items", "prefixItems", "additionalProperties", "anyOf", "oneOf", "allOf", "contains"}
+_NAMED_SCHEMAS = {"properties", "patternProperties", "$defs", "definitions"}
+_OPEN = {
+    "additionalProperties",
+    "unevaluatedProperties",
+    "patternProperties",
+    "anyOf",
+    "oneOf",
+    "allOf",
+    "$ref",
+}
+"""Keywords of JSON Schema: those whose values are schemas, those whose values are objects of schemas, and those beside
+which an object may have properties that `properties` does not name."""
+
 
 @dataclass(frozen=True)
 class Grammar:
@@ -46,7 +60,8 @@ def rules_of(grammar: Grammar, special: Container[str]) -> str:
     Raises `ApiError` if the grammar's schema is not valid or not supported."""
     # `oneOf` is followed as `anyOf`, whose answers may match several of the schemas.
     options = {**_JSON, "lenient": not grammar.is_strict, "coerce_one_of": not grammar.is_strict}
-    value = f"%json {json.dumps({**grammar.schema, 'x-guidance': options})}"
+    schema = grammar.schema if _has_all_of(grammar.schema) else _closed(grammar.schema)
+    value = f"%json {json.dumps({**schema, 'x-guidance': options})}"
     rules = f"%llguidance {{}}\nstart: {value}\n"
     if grammar.is_call:
         is_token = CALL_BEGIN in special
@@ -66,6 +81,32 @@ def rules_of(grammar: Grammar, special: Container[str]) -> str:
     return rules
 
 
+def _closed(schema: Any) -> Any:
+    """Return a schema whose objects have only the properties that it names, unless it says more about other properties.
+    Otherwise a small model would invent properties. What follows the new schema also follows the old one."""
+    if isinstance(schema, list):
+        return [_closed(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    closed = dict(schema)
+    for name in _SCHEMAS & schema.keys():
+        closed[name] = _closed(schema[name])
+    for name in _NAMED_SCHEMAS & schema.keys():
+        if isinstance(schema[name], dict):
+            closed[name] = {key: _closed(value) for key, value in schema[name].items()}
+    if "properties" in schema and not _OPEN & schema.keys():
+        closed["additionalProperties"] = False
+    return closed
+
+
+def _has_all_of(schema: Any) -> bool:
+    """Return whether a schema joins several schemas, none of which may then be closed."""
+    if isinstance(schema, dict):
+        joined = schema.get("allOf")
+        return (isinstance(joined, list) and len(joined) > 1) or any(map(_has_all_of, schema.values()))
+    return isinstance(schema, list) and any(map(_has_all_of, schema))
+
+
 class Vocabulary:
     """The tokens of a tokenizer in the form that llguidance needs. The constructor takes about a second for 50,000
     tokens."""
@@ -78,8 +119,10 @@ class Vocabulary:
     def matcher(self, grammar: Grammar) -> LLMatcher:
         """Return the start of a grammar. Raises `ApiError` if the grammar's schema is not valid or not supported."""
         matcher = LLMatcher(self._tokens, rules_of(grammar, self._special), log_level=0)
+        matcher.compute_bitmask()  # the first step shows whether the grammar is too complex
         if matcher.is_error():
-            raise ApiError(400, f"{grammar.field}: {matcher.get_error():.300}", param=grammar.field)
+            rule = f"the schema is too complex ({matcher.stop_reason()}): use fewer properties or shorter patterns"
+            raise ApiError(400, f"{grammar.field}: {rule}", param=grammar.field)
         return matcher
 
 
