@@ -290,8 +290,7 @@ class _Sequence:
         if self._stream.stopped:
             finish = "stop"
         elif self.matcher is not None and not self.matcher.consume_token(token):
-            print(f"the grammar cannot be followed: {self.matcher.get_error():.500}", file=sys.stderr)
-            return failure("error")
+            return failure("too complex")
         elif self.matcher is not None and self.matcher.is_stopped():
             text, finish = text + self._stream.finish(), "stop"
         elif self.num_new == generation.max_tokens:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from atlas.inference.sampling import Sampling
 from atlas.serving.api.errors import ApiError
-from atlas.serving.backends.grammar import Grammar
+from atlas.serving.backends.grammar import TOO_COMPLEX, Grammar
 from atlas.tokenizer.chat import Message
 
 _SHORT_TEXT = 64 << 10
@@ -32,7 +32,7 @@ class Piece(NamedTuple):
     `text` is empty while a character or a possible stop string is incomplete. If the client requested
     log-probabilities, `candidates` are the chosen token and then the likeliest tokens. The end-of-text token is not
     part of the text and has no candidates, except if the prompt is scored. `finish` is set in the last piece: `stop`,
-    `length`, `error` or `timeout`.
+    `length`, `error`, `timeout` or `too complex`.
     """
 
     text: str
@@ -79,7 +79,7 @@ def _deliver(pieces: Iterable[tuple[Generation, Piece]]) -> None:
 
 
 def failure(finish: str) -> Piece:
-    """Return the last piece of a generation that ends with `error` or `timeout`."""
+    """Return the last piece of a generation that ends with `error`, `timeout` or `too complex`."""
     return Piece("", finish=finish, num_tokens=0)
 
 
@@ -223,6 +223,8 @@ class GenerationRequest:
                 self.count(piece.num_tokens)
                 if piece.finish == "error":
                     raise ApiError(500, "the model failed: the server's log has the reason")
+                if piece.finish == "too complex":
+                    raise ApiError(400, TOO_COMPLEX)
                 if piece.finish == "timeout":
                     late = f"not finished within {self.seconds:g} s: request fewer tokens, or raise --timeout"
                     raise ApiError(504, late)

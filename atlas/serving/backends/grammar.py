@@ -22,6 +22,7 @@ from atlas.tokenizer import Tokenizer
 
 CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
 """The marks around a function call in a text, as in the format of Hermes 2 Pro and Qwen."""
+TOO_COMPLEX = "the schema is too complex: use fewer properties or shorter patterns"
 _JSON = {"whitespace_pattern": r"( |\n {0,16})?"}
 """White space in JSON is limited. Otherwise a small model could write spaces without end."""
 
@@ -119,10 +120,11 @@ class Vocabulary:
     def matcher(self, grammar: Grammar) -> LLMatcher:
         """Return the start of a grammar. Raises `ApiError` if the grammar's schema is not valid or not supported."""
         matcher = LLMatcher(self._tokens, rules_of(grammar, self._special), log_level=0)
-        matcher.compute_bitmask()  # the first step shows whether the grammar is too complex
-        if matcher.is_error():
-            rule = f"the schema is too complex ({matcher.stop_reason()}): use fewer properties or shorter patterns"
-            raise ApiError(400, f"{grammar.field}: {rule}", param=grammar.field)
+        first = matcher.deep_copy()  # the first steps often show whether a grammar is too complex
+        first.consume_tokens(first.compute_ff_tokens())
+        first.compute_bitmask()
+        if matcher.is_error() or first.is_error():
+            raise ApiError(400, f"{grammar.field}: {TOO_COMPLEX}", param=grammar.field)
         return matcher
 
 
