@@ -282,6 +282,8 @@ class _Sequence:
         generation, prompt, self._prompt = self.generation, self._prompt, []
         if generation.max_tokens == 0:
             return Piece("", finish="length", num_tokens=0, prompt=prompt)
+        if self.matcher is not None and self.matcher.is_error():  # the choice of the token had no mask
+            return failure("too complex")
         if token in self._stop_ids:
             shown = candidates if generation.scores_prompt else ()
             return Piece(self._stream.finish(), shown, finish="stop", num_tokens=0, prompt=prompt)
