@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import secrets
 import sys
 import time
@@ -17,13 +18,18 @@ from atlas.cli import options
 from atlas.cli.terminal import say
 from atlas.errors import AtlasError
 from atlas.files import explain_failed_write, local_path
-from atlas.tokenizer.chat import Message, newest_that_fit
+from atlas.tokenizer.chat import Message, encode_chat, newest_that_fit
 
 if TYPE_CHECKING:
     from atlas.inference.load import LoadedModel
     from atlas.inference.text import Prompt
 
 _BATCH_SIZE = 16
+_COMMANDS = (
+    "/reset           begin a new conversation with the same system prompt",
+    "/system [TEXT]   begin a new conversation with this system prompt, or without one",
+    "/help            show these commands",
+)
 
 Stream = Callable[..., Iterator[list[str]]]
 """The type of `stream_text` with the settings of this command filled in."""
@@ -42,6 +48,9 @@ def generate(
         bool,
         typer.Option("--chat", help="Treat prompts as messages to a chat model, and print only the answers."),
     ] = False,
+    system: Annotated[
+        str | None, typer.Option(help="With --chat: a system prompt, which tells the model how to answer.")
+    ] = None,
     output_file: Annotated[
         str | None, typer.Option(help='Write JSON lines {"prompt", "text"} to this file instead of printing.')
     ] = None,
@@ -72,6 +81,8 @@ def generate(
     """Generate text with a trained model, from --prompt, --prompts-file or --interactive."""
     if sum((prompt is not None, prompts_file is not None, interactive)) != 1:
         raise AtlasError("give one of --prompt TEXT, --prompts-file FILE and --interactive")
+    if system is not None and not chat:
+        raise AtlasError(f"--system {system[:40]}: only with --chat: add --chat, or write it into the prompt")
     from atlas.inference.layout import lay_out_for_decoding
     from atlas.inference.load import load_model
     from atlas.inference.sampling import Sampling
@@ -96,10 +107,18 @@ def generate(
         stream_text, loaded, sampling=sampling, max_tokens=max_tokens, stop=stop or [], count=counts.append
     )
     start = time.perf_counter()
-    if interactive:
-        _interact(loaded, stream, seed, max_tokens=max_tokens, chat=chat, num_samples=num_samples)
+    if interactive and chat:
+        _talk(loaded, stream, seed, system, max_tokens=max_tokens, num_samples=num_samples)
         return
-    rows = [[Message("user", text)] if chat else text for text in prompts for _ in range(num_samples)]
+    if interactive:
+        for number, line in enumerate(_ask_prompts("Write a prompt")):
+            _show(stream, [line] * num_samples, seed + number)
+        return
+    rows = [
+        [*_system(system), Message("user", text)] if chat else text
+        for text in prompts
+        for _ in range(num_samples)
+    ]
     if written:
         _write(stream, rows, seed, written)
     else:
@@ -108,27 +127,62 @@ def generate(
     say(f"{tokens} tokens, {tokens / max(1e-9, seconds):,.1f} tokens/s")
 
 
-def _interact(
-    loaded: LoadedModel, stream: Stream, seed: int, *, max_tokens: int, chat: bool, num_samples: int
+def _system(text: str | None) -> list[Message]:
+    return [Message("system", text)] if text and text.strip() else []
+
+
+def _talk(
+    loaded: LoadedModel,
+    stream: Stream,
+    seed: int,
+    system: str | None,
+    *,
+    max_tokens: int,
+    num_samples: int,
 ) -> None:
-    """Continue each line of input, or with `chat` answer each line as a message of one conversation. Each line has its
-    own seed."""
+    """Answer each line of input as a message of one conversation. Each line has its own seed. Of several answers, the
+    first one stays in the conversation."""
     context = loaded.config.model.max_seq_len
     room = context - min(max_tokens, context // 2)  # the answer needs the rest of the context
-    dialogue: list[Message] = []
+
+    def fits(messages: Sequence[Message]) -> bool:
+        return len(encode_chat(messages, loaded.tokenizer)) <= room
+
+    dialogue = _system(system)
     has_forgotten = False
-    for number, line in enumerate(_ask_prompts()):
-        if not chat:
-            _show(stream, [line] * num_samples, seed + number)
+    for number, line in enumerate(_ask_prompts("Write a message, or /help")):
+        if re.match(r"/[a-z]+\b(?!/)", line):
+            dialogue = _command(line, dialogue)
         elif line.strip():
             asked = [*dialogue, Message("user", line)]
-            dialogue = newest_that_fit(asked, loaded.tokenizer, room)
+            dialogue = newest_that_fit(asked, fits)
             if len(dialogue) < len(asked) and not has_forgotten:
                 has_forgotten = True
                 say(
                     f"the context of {context:,} tokens is full: the model no longer sees the oldest messages"
                 )
             dialogue.append(Message("assistant", _show(stream, [dialogue] * num_samples, seed + number)[0]))
+
+
+def _command(line: str, dialogue: list[Message]) -> list[Message]:
+    """Carry out a command of a dialogue, and return the messages that stay."""
+    name, _, text = line.strip().partition(" ")
+    if name == "/reset":
+        say("a new conversation")
+        return [message for message in dialogue if message.role == "system"]
+    if name == "/system":
+        say(
+            "a new conversation with this system prompt"
+            if text.strip()
+            else "a new conversation without a system prompt"
+        )
+        return _system(text)
+    if name != "/help":
+        say(f"{name}: no such command: /help lists them")
+        return dialogue
+    for each in _COMMANDS:
+        say(each)
+    return dialogue
 
 
 def _generations(stream: Stream, rows: Sequence[Prompt], seed: int) -> Iterator[tuple[Prompt, Iterable[str]]]:
@@ -182,13 +236,13 @@ def _read_prompts(path: str) -> list[str]:
     return prompts
 
 
-def _ask_prompts() -> Iterator[str]:
-    """Yield the lines of standard input. On a terminal, print a prompt sign before each line."""
+def _ask_prompts(what: str) -> Iterator[str]:
+    """Yield the lines of standard input. On a terminal, say what to write, and print a prompt sign before each line."""
     if sys.stdin is None:
         raise AtlasError("--interactive: standard input is closed: give --prompt TEXT or --prompts-file FILE")
     sign = ""
     if sys.stdin.isatty():
-        say("Write a prompt and press Enter; Ctrl-D (on Windows Ctrl-Z) ends the program.")
+        say(f"{what}, and press Enter; Ctrl-D (on Windows Ctrl-Z) ends the program.")
         sign = "> "
     typer.echo(sign, nl=False, err=True)
     while line := sys.stdin.readline():

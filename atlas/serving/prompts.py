@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from atlas.serving.api.requests import ChatRequest, CompletionRequest, SamplingParams
 from atlas.serving.backends.generation import Backend, TooLong
 from atlas.serving.backends.grammar import CALL_BEGIN
 from atlas.serving.tools import described, knows_calls, with_instruction, written
-from atlas.tokenizer.chat import Message
+from atlas.tokenizer.chat import Message, newest_that_fit
 
 _ROLES = {"developer": "system"}
 """OpenAI's newer names of roles."""
@@ -55,33 +54,16 @@ def encode_conversation(body: ChatRequest, backend: Backend) -> list[int]:
         return backend.encode_chat(messages, continues_last=continues, variables=variables)
 
     if body.truncation == "auto":
-        ids = _newest_that_fit(messages, encode, _most_of_prompt(body, backend))
-    else:
-        ids = encode(messages)
-    return _latest(ids, body, backend)
+        most = _most_of_prompt(body, backend)
 
+        def fits(messages: Sequence[Message]) -> bool:
+            try:
+                return len(encode(messages)) <= most
+            except TooLong:
+                return False
 
-def _newest_that_fit(
-    messages: Sequence[Message], encode: Callable[[Sequence[Message]], list[int]], most: int
-) -> list[int]:
-    """Return the ids of a conversation without its oldest messages, so that it has at most `most` tokens. System
-    messages at the beginning and the last message always stay."""
-    system = next(
-        place for place, each in enumerate([*messages, None]) if each is None or each.role != "system"
-    )
-    # An answer without its question would say little.
-    starts = [place for place in range(system, len(messages)) if messages[place].role != "assistant"]
-    starts = [system, *(start for start in starts if start > system)]
-
-    def kept(start: int) -> list[int] | None:
-        try:
-            ids = encode([*messages[:system], *messages[start:]])
-        except TooLong:
-            return None
-        return ids if len(ids) <= most else None
-
-    first = bisect_left(starts, True, key=lambda start: kept(start) is not None)
-    return encode([*messages[:system], *messages[starts[min(first, len(starts) - 1)] :]])
+        messages = newest_that_fit(messages, fits)
+    return _latest(encode(messages), body, backend)
 
 
 def _latest(ids: list[int], body: SamplingParams, backend: Backend) -> list[int]:

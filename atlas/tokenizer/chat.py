@@ -11,7 +11,8 @@ end-of-text token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from atlas.tokenizer.base import Tokenizer
@@ -88,11 +89,13 @@ def encode_chat(
     return ids + (tokenizer.encode(beginning) if beginning else [])
 
 
-def newest_that_fit(messages: Sequence[Message], tokenizer: Tokenizer, max_tokens: int) -> list[Message]:
-    """Return the newest messages whose prompt has at most `max_tokens` tokens. The last message is always kept."""
-    kept = list(messages)
-    while len(kept) > 1 and len(encode_chat(kept, tokenizer)) > max_tokens:
-        del kept[0]
-        while len(kept) > 1 and kept[0].role == "assistant":  # an answer without its question
-            del kept[0]
-    return kept
+def newest_that_fit(messages: Sequence[Message], fits: Callable[[Sequence[Message]], bool]) -> list[Message]:
+    """Return a conversation without its oldest messages, so that `fits` is true of the rest.
+
+    System messages at the beginning and the last message are always kept. An answer is dropped with its question.
+    """
+    system = next((place for place, each in enumerate(messages) if each.role != "system"), len(messages) - 1)
+    starts = [place for place in range(system + 1, len(messages)) if messages[place].role != "assistant"]
+    starts = [system, *starts]  # if all messages fit, an answer may come first
+    rests = [[*messages[:system], *messages[start:]] for start in starts]
+    return rests[min(bisect_left(rests, True, key=fits), len(rests) - 1)]

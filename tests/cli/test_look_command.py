@@ -165,7 +165,7 @@ def test_an_empty_prompt_begins_a_document(checkpoint: Path, capsys: pytest.Capt
             ["--prompt", "x", "--attention", "0.2"],
             "--attention 0.2: the model has layers 0 to 1, each with heads 0 to 1",
         ),
-        (["--prompt", "x", "--top-p", "2"], "--top-p 2.0: must be above 0"),
+        (["--prompt", "x", "--top-p", "2"], "--top-p 2.0: must be from 0 to 1"),
         ([], "missing option '--prompt'"),
     ],
 )

@@ -259,13 +259,18 @@ def test_a_dialogue_keeps_its_newest_complete_messages(bpe: ByteLevelTokenizer) 
         Message("user", "of snow?")
     ]
     for room in range(200):
-        kept = newest_that_fit(talk, bpe, room)
+        kept = newest_that_fit(talk, lambda rest: len(encode_chat(rest, bpe)) <= room)  # noqa: B023
         assert kept == talk[len(talk) - len(kept) :]
         assert kept[0].role == "user"
         assert len(kept) == 1 or len(encode_chat(kept, bpe)) <= room
         longer = talk[len(talk) - len(kept) - 2 :] if len(kept) < len(talk) else None
         assert longer is None or len(encode_chat(longer, bpe)) > room
-    assert newest_that_fit(talk, bpe, 1000) == talk
+    assert newest_that_fit(talk, lambda _: True) == talk
+    system = Message("system", "Be brief.")
+    assert newest_that_fit([system, *talk], lambda rest: len(rest) <= 4) == [system, *talk[-3:]]
+    assert newest_that_fit([system, *talk], lambda _: False) == [system, talk[-1]]
+    assert newest_that_fit([system], lambda _: False) == [system]
+    assert newest_that_fit(talk[1:], lambda _: True) == talk[1:]
 
 
 # The windows
@@ -439,6 +444,42 @@ def test_an_exported_model_answers_in_llama_cpps_chat_endpoint_as_in_atlas(
         assert choice["finish_reason"] == "stop"
         right += choice["message"]["content"] == f"{COLOURS[thing]} {thing}."
     assert right >= 3
+
+
+def test_a_dialogue_has_a_system_prompt_and_can_begin_anew(
+    tuned: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import io
+
+    command = [
+        "generate",
+        "--chat",
+        "--checkpoint",
+        str(tuned / "whole" / "atlas_best.pt"),
+        "--temperature",
+        "0",
+    ]
+    command += ["--max-tokens", "20"]
+
+    def said(lines: str, *options: str) -> tuple[list[str], str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        assert main([*command, "--interactive", *options]) == 0
+        out, told = capfd.readouterr()
+        return out.splitlines(), told
+
+    plain, _ = said("colour of sky?\n")
+    twice, told = said("colour of sky?\n/reset\ncolour of sky?\n")
+    assert twice == plain * 2  # the second question knows nothing of the first
+    assert "a new conversation" in told
+    _, told = said("/help\n/system Be brief.\n/nonsense\n")
+    assert "/reset" in told
+    assert "/nonsense: no such command: /help lists them" in told
+    assert main([*command, "--prompt", "colour of sky?", "--system", "Be brief."]) == 0
+    once = capfd.readouterr().out.splitlines()
+    assert said("colour of sky?\n", "--system", "Be brief.")[0] == once
+    assert said("/system Be brief.\ncolour of sky?\n")[0] == once
+    assert main(["generate", "--prompt", "x", "--system", "Be brief."]) == 2
+    assert "--system Be brief.: only with --chat" in capfd.readouterr().err
 
 
 def test_a_dialogue_remembers_and_a_text_model_refuses(

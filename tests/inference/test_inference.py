@@ -126,9 +126,9 @@ def test_draws_follow_the_distribution() -> None:
     [
         {"temperature": -1},
         {"top_k": -1},
-        {"top_p": 0},
+        {"top_p": -0.1},
         {"top_p": 1.1},
-        {"min_p": 1},
+        {"min_p": 1.1},
         {"repetition_penalty": 0},
     ],
 )
