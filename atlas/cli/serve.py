@@ -184,6 +184,5 @@ def _run(server: Server, address: str) -> None:
     while not server.wait(0.1):
         if server.is_ready and not is_reported:
             is_reported = True
-            say(
-                f"{address} for pages, {address}/chat for conversations, {address}/runs for curves, {address}/v1 for OpenAI's clients"
-            )
+            pages = f"{address} for pages, {address}/chat for conversations, {address}/runs for curves"
+            say(f"{pages}, {address}/v1 for OpenAI's clients")
