@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 from atlas.config import AtlasConfig, ModelConfig
+from atlas.errors import AtlasError
+from atlas.export.gguf import export_gguf
 from atlas.inference.load import LoadedModel
 from atlas.model import build_model
 from atlas.serving.app import build_app
@@ -59,6 +61,21 @@ def served_model(
     engine = Engine(loaded, "random", parallel=parallel, queue=queue)
     with served([engine], settings) as address:
         yield address, engine
+
+
+def with_llama_cpp(loaded: LoadedModel, folder: Path) -> list[Backend]:
+    """`random`, the model, and `exported`, the same model in llama.cpp, if llama.cpp is installed."""
+    backends: list[Backend] = [Engine(loaded, "random", parallel=8, queue=64)]
+    try:
+        from atlas.serving.backends.llama import Llama
+
+        path = folder / "exported.gguf"
+        export_gguf(loaded.model, loaded.tokenizer, path, quantize="f32", chat_template=loaded.chat_template)
+        backends.append(Llama(str(path), parallel=4, queue=64, threads=1))
+    except AtlasError as error:
+        if "llama.cpp is not installed" not in str(error):
+            raise
+    return backends
 
 
 def until(condition: object, seconds: float = 10.0) -> None:

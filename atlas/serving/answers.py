@@ -64,13 +64,13 @@ class Answer:
             generated[index].append(piece)
         choices: list[dict[str, Any]] = []
         for index in self._best_of(generated):
-            text = self._echoed[index] + "".join(piece.text for piece in generated[index])
-            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
-            calls: list[Call] = []
+            text, calls = "".join(piece.text for piece in generated[index]), list[Call]()
             if self.must_call is not None:
                 text, calls = read_calls(text, must_call=self.must_call)
-                message["content"] = text or None
-                message |= {"tool_calls": [call.shown() for call in calls]} if calls else {}
+            text = self._echoed[index] + text
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            if calls:
+                message |= {"content": text or None, "tool_calls": [call.shown() for call in calls]}
             content = {"message": message} if self.is_chat else {"text": text}
             choice = {**self._choice(index, content, generated[index]), "index": len(choices)}
             choices.append({**choice, "finish_reason": "tool_calls"} if calls else choice)
@@ -99,9 +99,10 @@ class Answer:
                 yield event({**head, "choices": [{**first, "logprobs": None, "finish_reason": None}]})
         echoed, calls = list(self._echoed), [CallStream(must_call=bool(self.must_call)) for _ in self._echoed]
         async for index, piece in self.request.pieces():
-            text, echoed[index] = echoed[index] + piece.text, ""
+            text = piece.text
             if self.must_call is not None:
                 text = calls[index].add(text, is_last=piece.finish is not None)
+            text, echoed[index] = echoed[index] + text, ""
             if text or piece.finish or self.has_logprobs:
                 delta: dict[str, Any] = {"content": text} if text else {}
                 content = {"delta": delta} if self.is_chat else {"text": text}

@@ -84,9 +84,8 @@ class Dispatcher:
         Each prompt has `choices` generations (default: `params.n`) of at most `max_tokens` tokens, and of not more than
         the server allows. None is the number of free positions in the context. `candidates` is the number of
         alternatives to return for each token, and `scores_prompt` also returns those of the prompt's tokens.
-        `constraint` is the grammar of the texts, as `Backend.constrain` returned it. If
-        `may_exceed` is true, a prompt may be longer than the model's context. The model then reads only the prompt's
-        last tokens.
+        `constraint` is the grammar of the texts, as `Backend.constrain` returned it. If `may_exceed` is true, a prompt
+        may be longer than the model's context. The model then reads only the prompt's last tokens.
         """
         each, known = choices or params.n or 1, backend.vocab_size
         texts, largest, sampling = len(prompts) * each, max(map(max, prompts)), params.sampling()

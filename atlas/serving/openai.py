@@ -112,14 +112,17 @@ def _constraint(body: CompletionRequest | ChatRequest, backend: Backend) -> Any:
 
 
 def _grammar(body: CompletionRequest | ChatRequest) -> Grammar | None:
+    form, schema = body.response_format, body.json_schema or None
+    formats = [Grammar(schema, "json_schema")] if schema else []
+    if form is not None and form.schema_of_text is not None:
+        formats.append(Grammar(form.schema_of_text, "response_format", is_strict=form.is_strict))
+    if len(formats) > 1:
+        raise ApiError(400, "json_schema: not together with response_format", param="json_schema")
+    answer = formats[0] if formats else None
     if isinstance(body, ChatRequest) and (tools := body.offered):
-        return call_grammar(tools, must_call=body.must_call, is_one=body.parallel_tool_calls is False)
-    if body.json_schema:
-        return Grammar(body.json_schema, "json_schema")
-    form = body.response_format
-    if form is None or (schema := form.schema_of_text) is None:
-        return None
-    return Grammar(schema, "response_format", is_strict=form.is_strict)
+        is_one = body.parallel_tool_calls is False
+        return call_grammar(tools, must_call=body.must_call, is_one=is_one, answer=answer)
+    return answer
 
 
 def _info(backend: Backend) -> dict[str, Any]:

@@ -23,10 +23,7 @@ from atlas.serving.backends.grammar import CALL_BEGIN, CALL_END, Grammar
 from atlas.tokenizer.chat import Message
 
 _CALL = re.compile(f"{CALL_BEGIN}\\s*(.*?)\\s*(?:{CALL_END}|$)", re.DOTALL)
-_INSTRUCTION = (
-    "You may call these functions:\n{functions}\nTo call a function, write only its name and its arguments as JSON:\n"
-    f'{CALL_BEGIN}\n{{{{"name": NAME, "arguments": {{{{…}}}}}}}}\n{CALL_END}'
-)
+_EXAMPLE = f'{CALL_BEGIN}\n{{"name": NAME, "arguments": {{…}}}}\n{CALL_END}'
 
 
 class Call(NamedTuple):
@@ -41,8 +38,11 @@ class Call(NamedTuple):
         return call if index is None else {"index": index, **call}
 
 
-def call_grammar(tools: Sequence[Tool], *, must_call: bool, is_one: bool) -> Grammar:
-    """Return the grammar of an answer: the JSON of a call if `must_call` is true, otherwise a text with calls."""
+def call_grammar(
+    tools: Sequence[Tool], *, must_call: bool, is_one: bool, answer: Grammar | None = None
+) -> Grammar:
+    """Return the grammar of an answer: the JSON of a call if `must_call` is true, otherwise a text with calls. `answer`
+    is the grammar of a text without calls; None: any text."""
     definitions, calls = {}, []
     for number, tool in enumerate(tools):
         place = f"#/$defs/arguments_{number}"
@@ -59,7 +59,9 @@ def call_grammar(tools: Sequence[Tool], *, must_call: bool, is_one: bool) -> Gra
         )
     schema = {**(calls[0] if len(calls) == 1 else {"anyOf": calls}), "$defs": definitions}
     is_strict = any(tool.function.strict for tool in tools)
-    return Grammar(schema, "tools", is_strict=is_strict, is_call=not must_call, is_one=is_one)
+    if must_call:
+        return Grammar(schema, "tools", is_strict=is_strict)
+    return Grammar(schema, "tools", is_strict=is_strict, is_call=True, is_one=is_one, answer=answer)
 
 
 def _moved(schema: Any, place: str) -> Any:
@@ -83,7 +85,8 @@ def knows_calls(template: str | None) -> bool:
 def with_instruction(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
     """Return a conversation whose system message describes the functions."""
     functions = "\n".join(json.dumps(each, ensure_ascii=False) for each in described(tools))
-    text = _INSTRUCTION.format(functions=functions)
+    how = f"To call a function, write only its name and its arguments as JSON:\n{_EXAMPLE}"
+    text = f"You may call these functions:\n{functions}\n{how}"
     if messages and messages[0].role == "system":
         return [Message("system", f"{messages[0].content}\n\n{text}"), *messages[1:]]
     return [Message("system", text), *messages]

@@ -12,16 +12,14 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from atlas.export.gguf import export_gguf
 from atlas.inference.load import LoadedModel
 from atlas.serving.api.formats import Tool
 from atlas.serving.backends.engine import Engine
-from atlas.serving.backends.generation import Backend
 from atlas.serving.backends.grammar import CALL_BEGIN, Grammar, Vocabulary
 from atlas.serving.tools import CallStream, call_grammar
 from atlas.tokenizer import Tokenizer
 from atlas.tokenizer.chat import Message, encode_chat
-from tests.served import random_model, served
+from tests.served import random_model, served, with_llama_cpp
 from tests.serving.test_serving import post
 
 CHAT = "/v1/chat/completions"
@@ -51,16 +49,7 @@ def loaded() -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def address(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    backends: list[Backend] = [Engine(loaded, "random", parallel=8, queue=64)]
-    try:
-        from atlas.serving.backends.llama import Llama
-
-        path = tmp_path_factory.mktemp("gguf") / "exported.gguf"
-        export_gguf(loaded.model, loaded.tokenizer, path, quantize="f32", chat_template=loaded.chat_template)
-        backends.append(Llama(str(path), parallel=4, queue=64, threads=1))
-    except ImportError:
-        pass
-    with served(backends) as address:
+    with served(with_llama_cpp(loaded, tmp_path_factory.mktemp("gguf"))) as address:
         yield address
 
 
@@ -308,6 +297,42 @@ def test_a_text_may_have_calls_but_only_valid_ones() -> None:
     assert not accepts(call.replace("weather", "climate"))
     assert not accepts(call.replace('"C"', '"K"'))
     assert not accepts("<tool_call>\nnothing")
+
+
+def test_an_answer_in_a_format_may_be_a_call_instead() -> None:
+    """OpenAI's clients may send both `tools` and `response_format`."""
+    tokenizer, tools = Tokenizer.gpt2(), [Tool.model_validate(tool) for tool in TOOLS]
+    form = Grammar(
+        {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}, "response_format"
+    )
+    vocabulary = Vocabulary(tokenizer)
+
+    def accepts(text: str, *, is_one: bool = False) -> bool:
+        matcher = vocabulary.matcher(call_grammar(tools, must_call=False, is_one=is_one, answer=form))
+        ids = tokenizer.encode(text)
+        return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+    call = '<tool_call>\n{"name": "stop_now", "arguments": {}}\n</tool_call>'
+    assert accepts('{"a": 1}')
+    assert accepts(call)
+    assert accepts(f"{call}\n{call}")
+    assert not accepts(f"{call}\n{call}", is_one=True)
+    for wrong in ("Just a text.", '{"b": 1}', f"I look.\n{call}", f'{call}{{"a": 1}}'):
+        assert not accepts(wrong)
+
+
+def test_both_formats_together_are_sent_as_one(address: str, model: str) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [1, 2]}}}
+    body = {"model": model, "messages": ASK, "response_format": form, "max_tokens": 100, "temperature": 0}
+    status, answer = post(address, {**body, "json_schema": {"type": "integer"}}, CHAT)
+    assert (status, answer["error"]["param"]) == (400, "json_schema")
+    _, answer = post(address, {**body, "tools": TOOLS}, CHAT)
+    [choice] = answer["choices"]
+    assert (
+        choice["message"].get("tool_calls")
+        or choice["finish_reason"] == "length"
+        or (json.loads(choice["message"]["content"]) in (1, 2))
+    )
 
 
 def test_a_stream_shows_the_text_before_a_call_and_no_part_of_a_call() -> None:

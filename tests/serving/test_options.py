@@ -8,12 +8,10 @@ import openai
 import pytest
 import torch
 
-from atlas.export.gguf import export_gguf
 from atlas.inference.load import LoadedModel
 from atlas.serving.backends.engine import Engine
-from atlas.serving.backends.generation import Backend
 from atlas.tokenizer.chat import Message, encode_chat
-from tests.served import random_model, served
+from tests.served import random_model, served, with_llama_cpp
 from tests.serving.test_serving import post
 
 CHAT = "/v1/chat/completions"
@@ -29,16 +27,7 @@ def loaded() -> LoadedModel:
 @pytest.fixture(scope="module")
 def address(loaded: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server of `random`, and of `exported`, the same model in llama.cpp, if llama.cpp is installed."""
-    backends: list[Backend] = [Engine(loaded, "random", parallel=4, queue=64)]
-    try:
-        from atlas.serving.backends.llama import Llama
-
-        path = tmp_path_factory.mktemp("gguf") / "exported.gguf"
-        export_gguf(loaded.model, loaded.tokenizer, path, quantize="f32", chat_template=loaded.chat_template)
-        backends.append(Llama(str(path), parallel=4, queue=64, threads=1))
-    except ImportError:
-        pass
-    with served(backends) as address:
+    with served(with_llama_cpp(loaded, tmp_path_factory.mktemp("gguf"))) as address:
         yield address
 
 

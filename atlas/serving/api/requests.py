@@ -34,7 +34,7 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...] | None:
         token, bias = item
         token = int(token) if isinstance(token, str) and token.isdecimal() and len(token) < 10 else token
         if type(token) is not int or token < 0:
-            raise ValueError("must have token ids as names: /tokenize gives the ids of a text")
+            raise ValueError('must have token ids as names, such as "1234"')
         if bias is not False and (type(bias) not in (int, float) or not -1000 <= bias <= 1000):
             raise ValueError("must have biases from -1000 to 1000, or false")
         pairs.append((token, BAN if bias is False else float(bias)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,8 +43,11 @@ which an object may have properties that `properties` does not name."""
 
 @dataclass(frozen=True)
 class Grammar:
-    """What a generation must be: JSON that follows `schema`, or, if `is_call` is true, any text with calls, of which
-    each is JSON between `CALL_BEGIN` and `CALL_END`."""
+    """What a generation must be: JSON that follows `schema`, or, if `is_call` is true, any text with calls.
+
+    Each call is JSON between `CALL_BEGIN` and `CALL_END`. If there is an `answer`, a text without calls follows this
+    grammar, and a text with calls has nothing beside them.
+    """
 
     schema: dict[str, Any]
     field: str
@@ -54,32 +57,39 @@ class Grammar:
     is_call: bool = False
     is_one: bool = False
     """Whether a text may have only one call."""
+    answer: Grammar | None = None
 
 
 def rules_of(grammar: Grammar, special: Container[str]) -> str:
     """Return the rules of a grammar in llguidance's variant of Lark. `special` are the tokenizer's special tokens.
     Raises `ApiError` if the grammar's schema is not valid or not supported."""
+    value = _json(grammar)
+    if not grammar.is_call:
+        return f"%llguidance {{}}\nstart: {value}\n"
+    begin, end = (mark if mark in special else json.dumps(mark) for mark in (CALL_BEGIN, CALL_END))
+    call = f'"\\n" {value} "\\n" {end}\n'
+    if grammar.answer is not None:
+        several = "" if grammar.is_one else ' ("\\n" call)*'
+        return f"%llguidance {{}}\nstart: call{several} | {_json(grammar.answer)}\ncall: {begin} {call}"
+    # A lazy rule ends as soon as it can. So the mark begins a call wherever it occurs in a text.
+    is_token = CALL_BEGIN in special
+    head = f"head: ANY {begin}" if is_token else f"head[lazy]: ANY {begin}"
+    text = "ANY" if is_token else f"ANY & ~/(.|\\n)*{CALL_BEGIN}(.|\\n)*/"
+    start = f"start: call{'?' if grammar.is_one else '*'} TEXT"
+    return f"%llguidance {{}}\n{start}\ncall: head {call}{head}\nTEXT: {text}\nANY: /(.|\\n)*/\n"
+
+
+def _json(grammar: Grammar) -> str:
+    """Return the rule for JSON that follows the schema of a grammar. Raises `ApiError` if it is not supported."""
     # `oneOf` is followed as `anyOf`, whose answers may match several of the schemas.
     options = {**_JSON, "lenient": not grammar.is_strict, "coerce_one_of": not grammar.is_strict}
     schema = grammar.schema if _has_all_of(grammar.schema) else _closed(grammar.schema)
-    value = f"%json {json.dumps({**schema, 'x-guidance': options})}"
-    rules = f"%llguidance {{}}\nstart: {value}\n"
-    if grammar.is_call:
-        is_token = CALL_BEGIN in special
-        begin, end = (mark if mark in special else json.dumps(mark) for mark in (CALL_BEGIN, CALL_END))
-        # A lazy rule ends as soon as it can. So the mark begins a call wherever it occurs in a text.
-        head = f"head: ANY {begin}" if is_token else f"head[lazy]: ANY {begin}"
-        text = "ANY" if is_token else f"ANY & ~/(.|\\n)*{CALL_BEGIN}(.|\\n)*/"
-        rules = (
-            f"%llguidance {{}}\nstart: call{'?' if grammar.is_one else '*'} TEXT\n"
-            f'call: head "\\n" {value} "\\n" {end}\n{head}\nTEXT: {text}\nANY: /(.|\\n)*/\n'
-        )
-    checked = rules_of(replace(grammar, is_call=False), ()) if grammar.is_call else rules
-    is_wrong, messages = LLMatcher.validate_grammar_with_warnings(checked)
+    rule = f"%json {json.dumps({**schema, 'x-guidance': options})}"
+    is_wrong, messages = LLMatcher.validate_grammar_with_warnings(f"%llguidance {{}}\nstart: {rule}\n")
     if is_wrong:
         reason = messages[0].partition("failed to compile JSON schema: ")[2] or messages[0]
         raise ApiError(400, f"{grammar.field}: {reason.splitlines()[0]:.300}", param=grammar.field)
-    return rules
+    return rule
 
 
 def _closed(schema: Any) -> Any:

@@ -1,5 +1,5 @@
 // The page at /chat: a conversation with one model or with two side by side, and the tokens that the model reads.
-import { ask, element, hasKey, number, showKey, stream } from "./common.js";
+import { element, loadModels, number, say, stream } from "./common.js";
 import { alternativeRows, tokenElement, tokenFacts } from "./tokens.js";
 
 const $ = (id) => document.getElementById(id);
@@ -151,12 +151,6 @@ function busy(isBusy) {
   $("columns").setAttribute("aria-busy", isBusy);
 }
 
-function say(text, { isBad = false, aloud = true } = {}) {
-  $("status").ariaLive = aloud ? "polite" : "off"; // a screen reader announces the end, not each token
-  $("status").textContent = text;
-  $("status").className = isBad ? "bad" : "";
-}
-
 // ---- The tokens
 
 /** Show the tokens of the chosen answer and of its prompt. */
@@ -239,17 +233,8 @@ $("raw").addEventListener("keydown", moveInTokens);
 for (const select of [$("model"), $("beside")]) select.addEventListener("change", draw);
 
 async function begin() {
-  try {
-    if ((await ask("health")).needs_key && !hasKey()) return showKey(begin);
-    models = (await ask("v1/models")).data.map((model) => model.id);
-  } catch (error) {
-    if (error.status === 401) return showKey(begin);
-    return say(error.message, { isBad: true });
-  }
-  const option = (name) => element("option", { value: name, textContent: name });
-  $("model").replaceChildren(...models.map(option));
-  $("beside").append(...models.map(option));
-  draw();
+  models = await loadModels(begin);
+  if (models.length) draw();
 }
 
 begin();

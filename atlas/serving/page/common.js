@@ -54,6 +54,32 @@ export async function* stream(route, body, signal) {
   }
 }
 
+/** Say something in the page's status. A screen reader announces it, unless `aloud` is false. */
+export function say(text, { isBad = false, aloud = true } = {}) {
+  const status = document.getElementById("status");
+  status.ariaLive = aloud ? "polite" : "off";
+  status.textContent = text;
+  status.className = isBad ? "bad" : "";
+}
+
+/** Fill the lists of models and return the models' names. If the server needs a key, ask for it and call `again` then. */
+export async function loadModels(again) {
+  let names = [];
+  try {
+    if ((await ask("health")).needs_key && !hasKey()) showKey(again);
+    else names = (await ask("v1/models")).data.map((model) => model.id);
+  } catch (error) {
+    if (error.status === 401) showKey(again);
+    else say(error.message, { isBad: true });
+  }
+  const option = (name) => element("option", { value: name, textContent: name });
+  if (names.length) {
+    document.getElementById("model").replaceChildren(...names.map(option));
+    document.getElementById("beside").append(...names.map(option));
+  }
+  return names;
+}
+
 export const hasKey = () => sessionStorage.getItem(KEY) !== null;
 
 /** Ask the user for the API key, keep the key until the tab is closed, and call `then`. */

@@ -1,6 +1,6 @@
 // The page at /: generate text with a model, and look at each token. The code needs no framework, no build step and no
 // other host.
-import { ask, element, hasKey, number, percent, showKey, stream, visible } from "./common.js";
+import { ask, element, loadModels, number, percent, say, stream, visible } from "./common.js";
 import { alternativeRows, tokenElement } from "./tokens.js";
 import { drawAttention, drawLayers, drawSampling } from "./views.js";
 
@@ -157,12 +157,6 @@ function busy(isBusy) {
   $("columns").setAttribute("aria-busy", isBusy);
 }
 
-function say(text, { isBad = false, aloud = true } = {}) {
-  $("status").ariaLive = aloud ? "polite" : "off"; // a screen reader announces the end, not each token
-  $("status").textContent = text;
-  $("status").className = isBad ? "bad" : "";
-}
-
 // ---- Views of the chosen token
 
 let pause = 0;
@@ -300,17 +294,8 @@ for (const tab of document.querySelectorAll("[role=tab]")) {
 }
 
 async function begin() {
-  try {
-    if ((await ask("health")).needs_key && !hasKey()) return showKey(begin);
-    models = (await ask("v1/models")).data.map((model) => model.id);
-  } catch (error) {
-    if (error.status === 401) return showKey(begin);
-    return say(error.message, { isBad: true });
-  }
-  const option = (name) => element("option", { value: name, textContent: name });
-  $("model").replaceChildren(...models.map(option));
-  $("beside").append(...models.map(option));
-  makeColumns();
+  models = await loadModels(begin);
+  if (models.length) makeColumns();
 }
 
 begin();
