@@ -77,9 +77,10 @@ INSIDE = {
     "export": "architectures gguf_header llama_cpp quantize save_imported < hf_format vocabulary < gguf "
     "import_first_version score < huggingface import_gguf import_hf verify < peft",
     "reporting": "curves dataset_statistics targets < dataset_figure runs < figure report",
-    "serving.api": "errors fields responses < body < formats < requests",
+    "serving.api": "errors fields shapes < body < formats < requests < items texts",
     "serving.backends": "grammar < generation < engine llama",
-    "serving": "files limits metrics runs server stream tools < answers dispatcher prompts < openai pages < app",
+    "serving": "files limits metrics runs server stream tools < answers dispatcher grammars prompts < "
+    "openai pages responses texts < app",
     "cli": "choose_text doctor_facts old_flags options plan_report < terminal < choose_preset "
     "dataset_tables doctor evaluate export generate import_model info_checkpoint info_conversations look plan_output "
     "report serve train < demo info_dataset prepare < info plan < pipeline",

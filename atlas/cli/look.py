@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
-    from atlas.inference.look import Choice, LayerPrediction, NextToken, TokenPrediction
+    from atlas.inference.look import Choice, LayerPrediction, NextToken, TextLoss, TokenPrediction
     from atlas.inference.sampling import Sampling
 
 _OFF = {"repetition_penalty": 1, "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0}
@@ -77,8 +77,10 @@ def look(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     loaded = load_model(checkpoint, device=device, tokenizer=tokenizer)
     ids = inside.encode(loaded, prompt)
+    tokens = inside.expectations(loaded, ids)
     facts: dict[str, Any] = {
-        "tokens": inside.expectations(loaded, ids),
+        "tokens": tokens,
+        "loss": inside.loss_of(loaded, tokens),
         "sampling": sampling,
         "next_token": inside.next_token(loaded, ids, sampling),
     }
@@ -111,7 +113,7 @@ def _print(facts: dict[str, Any]) -> None:
     if not console.is_terminal:
         console.width = _UNWRAPPED
     tokens: list[TokenPrediction] = facts["tokens"]
-    _print_tokens(console, tokens)
+    _print_tokens(console, tokens, facts["loss"])
     _print_next_token(console, facts["next_token"], facts["sampling"])
     if "lens" in facts:
         _print_lens(console, tokens, **facts["lens"])
@@ -119,9 +121,7 @@ def _print(facts: dict[str, Any]) -> None:
         _print_attention(console, tokens, **facts["attention"])
 
 
-def _print_tokens(console: Console, tokens: Sequence[TokenPrediction]) -> None:
-    from atlas.training.logs.run_log import perplexity
-
+def _print_tokens(console: Console, tokens: Sequence[TokenPrediction], loss: TextLoss | None) -> None:
     table = _table("position>", "token", "probability", ">", "rank>", "entropy>", "likeliest")
     table.add_row("0", _token(tokens[0].text), "", "", "", "", "(the first token)")
     for number, each in enumerate(tokens[1:], start=1):
@@ -129,10 +129,11 @@ def _print_tokens(console: Console, tokens: Sequence[TokenPrediction]) -> None:
         cells = _percent(probability), f"{each.rank:,}", f"{each.entropy:.1f}", _choices(each.alternatives)
         table.add_row(str(number), _token(each.text), _bar(probability), *cells)
     console.print(table)
-    if len(tokens) > 1:
-        loss = -sum(each.log_probability or 0.0 for each in tokens) / (len(tokens) - 1)
-        summary = f"loss of this text {loss:.4f} nats per token, perplexity {perplexity(loss):,.2f}"
-        console.print(f"{summary}; entropy is in bits")
+    if loss is not None:
+        console.print(
+            f"loss of this text {loss.loss:.4f} nats per token, perplexity {loss.perplexity:,.2f}, "
+            f"{loss.bits_per_byte:.4f} bits per byte; entropy is in bits"
+        )
 
 
 def _print_next_token(console: Console, next_token: NextToken, sampling: Sampling) -> None:

@@ -46,6 +46,13 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar="ATLAS_API_KEY", help="The key that clients must send.")
     ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An origin whose pages may use the server, such as https://example.com; * for all. The option may be "
+            "repeated. Default: only the server's own pages.",
+        ),
+    ] = None,
     parallel: Annotated[
         int | None,
         typer.Option(
@@ -89,6 +96,7 @@ def serve(
             raise AtlasError(
                 "--api-key: must be ASCII letters, digits and signs, without spaces; or omit --api-key"
             )
+    origins = tuple(_origin(each) for each in allow_origin or [])
     try:
         from atlas.serving.app import build_app
         from atlas.serving.dispatcher import ServerSettings
@@ -118,7 +126,7 @@ def serve(
         if llama.id in [backend.id for backend in backends]:
             raise AtlasError(f"--gguf {gguf}: a checkpoint has the same name: rename one of the two files")
         backends.append(llama)
-    app = build_app(backends, ServerSettings(max_tokens, timeout, api_key, Path(runs)))
+    app = build_app(backends, ServerSettings(max_tokens, timeout, api_key, Path(runs), origins))
     server = Server(app, listener, seconds_to_drain=timeout)
     address, port = listener.getsockname()[:2]
     address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
@@ -127,6 +135,14 @@ def serve(
     finally:
         for backend in backends:
             backend.close()
+
+
+def _origin(text: str) -> str:
+    """Return an origin as a browser sends it: in lower case, without a slash at the end."""
+    origin = text.strip().rstrip("/").lower()
+    if origin in ("*", "null") or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@*]+", origin):
+        return origin
+    raise AtlasError(f"--allow-origin {text}: must be an origin such as https://example.com, or *")
 
 
 def _names(paths: list[Path]) -> list[str]:

@@ -9,7 +9,7 @@ tokens, C hidden_size, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,25 @@ class TokenPrediction:
     rank: int | None = None
     entropy: float | None = None
     alternatives: tuple[Choice, ...] = ()
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """The mean loss of a text in nats per token, over `tokens` tokens that encode `num_bytes` bytes."""
+
+    loss: float
+    tokens: int
+    num_bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """e to the power of the loss; infinity if a float cannot hold it."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The loss in bits per byte of the text, which is comparable between tokenizers."""
+        return self.loss * self.tokens / (math.log(2) * max(1, self.num_bytes))
 
 
 @dataclass(frozen=True)
@@ -109,19 +128,52 @@ def token_text(tokenizer: Tokenizer, id: int) -> str:
 
 @torch.no_grad()
 def expectations(loaded: LoadedModel, ids: Sequence[int], *, alternatives: int = 5) -> list[TokenPrediction]:
-    """Return a `TokenPrediction` for each token of `ids`. `alternatives` is the number of alternatives per token."""
-    tokens = loaded.batch_of(ids)
-    hidden, following = loaded.model.hidden_states(tokens)[0, :-1], tokens[0, 1:]
-    predictions = [TokenPrediction(ids[0], token_text(loaded.tokenizer, ids[0]))]
-    for start in range(0, len(following), _ROWS_AT_ONCE):
-        states, targets = (part[start : start + _ROWS_AT_ONCE] for part in (hidden, following))
-        log_probs = loaded.model.head(states).float().log_softmax(dim=-1)
-        own = log_probs.gather(-1, targets[:, None])
-        ranks, entropies = (log_probs > own).sum(dim=-1) + 1, _entropy(log_probs.exp())
-        columns = [column.tolist() for column in (targets, own[:, 0].exp(), own[:, 0], ranks, entropies)]
-        for id, *row in zip(*columns, _likeliest(loaded, log_probs, alternatives), strict=True):
-            predictions.append(TokenPrediction(id, token_text(loaded.tokenizer, id), *row))
+    """Return a `TokenPrediction` for each token of `ids`. `alternatives` is the number of alternatives per token.
+
+    A text that is longer than the context is read in windows. Each window after the first begins half a context before
+    the first token that it predicts.
+    """
+    predictions: list[TokenPrediction] = []
+    for window, known in _windows(ids, loaded.config.model.max_seq_len):
+        tokens = loaded.batch_of(window)
+        if not predictions:
+            predictions.append(TokenPrediction(ids[0], token_text(loaded.tokenizer, ids[0])))
+        hidden, following = loaded.model.hidden_states(tokens)[0, known - 1 : -1], tokens[0, known:]
+        for start in range(0, len(following), _ROWS_AT_ONCE):
+            states, targets = (part[start : start + _ROWS_AT_ONCE] for part in (hidden, following))
+            log_probs = loaded.model.head(states).float().log_softmax(dim=-1)
+            own = log_probs.gather(-1, targets[:, None])
+            ranks, entropies = (log_probs > own).sum(dim=-1) + 1, _entropy(log_probs.exp())
+            columns = [column.tolist() for column in (targets, own[:, 0].exp(), own[:, 0], ranks, entropies)]
+            for id, *row in zip(*columns, _likeliest(loaded, log_probs, alternatives), strict=True):
+                predictions.append(TokenPrediction(id, token_text(loaded.tokenizer, id), *row))
     return predictions
+
+
+def _windows(ids: Sequence[int], context: int) -> Iterator[tuple[Sequence[int], int]]:
+    """Yield (window, number of its first tokens that an earlier window predicted, or that have no prediction)."""
+    yield ids[:context], 1
+    known = max(1, context // 2)
+    for end in range(context, len(ids), context - known):
+        yield ids[end - known : end - known + context], known
+
+
+def loss_of(loaded: LoadedModel, predictions: Sequence[TokenPrediction]) -> TextLoss | None:
+    """Return the loss of a text from the predictions of its tokens; None if no token has a prediction."""
+    predicted = [each for each in predictions if each.log_probability is not None]
+    if not predicted:
+        return None
+    loss = -math.fsum(each.log_probability or 0.0 for each in predicted) / len(predicted)
+    num_bytes = sum(len(loaded.tokenizer.token_bytes(each.id)) for each in predicted)
+    return TextLoss(loss, len(predicted), num_bytes)
+
+
+@torch.no_grad()
+def embedding(loaded: LoadedModel, ids: Sequence[int]) -> Tensor:
+    """Return the embedding of a text, (C,) in fp32 on the CPU: the mean over the tokens of the hidden states after the
+    final norm, scaled to length 1."""
+    hidden = loaded.model.hidden_states(loaded.batch_of(ids))[0].float().mean(dim=0)
+    return torch.nn.functional.normalize(hidden, dim=0).cpu()
 
 
 @torch.no_grad()

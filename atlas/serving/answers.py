@@ -122,10 +122,11 @@ class Answer:
         return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     def _choice(self, index: int, content: dict[str, Any], pieces: Sequence[Piece]) -> dict[str, Any]:
-        logprobs = self._logprobs(index, pieces) if self.has_logprobs else None
+        logprobs = self.logprobs(index, pieces) if self.has_logprobs else None
         return {"index": index, **content, "logprobs": logprobs, "finish_reason": pieces[-1].finish}
 
-    def _logprobs(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def logprobs(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """Return the log-probabilities of the tokens in the next pieces of a generation."""
         tokens = [each for piece in pieces for each in (*piece.prompt, piece.candidates) if each]
         if self.is_chat:
             content = [

@@ -9,17 +9,20 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from atlas.errors import AtlasError
 from atlas.serving.api.errors import ApiError, error_response, validation_error
 from atlas.serving.api.requests import MOST_PROMPTS
-from atlas.serving.api.responses import ErrorBody, Health
+from atlas.serving.api.shapes import ErrorBody, Health
 from atlas.serving.backends.generation import Backend
 from atlas.serving.dispatcher import Dispatcher, ServerSettings
 from atlas.serving.files import FILES, file_routes
 from atlas.serving.limits import limit_body, require_auth
 from atlas.serving.openai import openai_routes
 from atlas.serving.pages import MOST_KNOWN, page_routes
+from atlas.serving.responses import response_routes
+from atlas.serving.texts import text_routes
 from atlas.version import __version__
 
 BODY_SECONDS = 10.0
@@ -64,11 +67,23 @@ def build_app(backends: Sequence[Backend], settings: ServerSettings) -> FastAPI:
 
     app.router.routes += file_routes()
     app.include_router(openai_routes(dispatcher))
+    app.include_router(response_routes(dispatcher))
+    app.include_router(text_routes(dispatcher))
     app.include_router(page_routes(dispatcher))
     most_ids = max([MOST_KNOWN, *(MOST_PROMPTS * backend.context for backend in backends)])
     app.add_middleware(limit_body, seconds=BODY_SECONDS, most_numbers=most_ids)
-    app.add_middleware(require_auth, api_key=settings.api_key, open_paths={*FILES, "/health"})
+    open_paths, origins = {*FILES, "/health"}, settings.origins
+    app.add_middleware(require_auth, api_key=settings.api_key, open_paths=open_paths, origins=origins)
     app.add_middleware(dispatcher.metrics.middleware)
+    if origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Ignored-Fields"],
+            allow_private_network=True,
+        )
     return app
 
 

@@ -24,7 +24,7 @@ _MOST_PRINTED = 1000
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """The settings of a server: limits, API key and folder of runs."""
+    """The settings of a server: limits, API key, folder of runs and allowed origins."""
 
     max_tokens: int = 4096
     """The largest number of new tokens in one generation. A request for more gets this number."""
@@ -33,6 +33,8 @@ class ServerSettings:
     api_key: str | None = None
     runs: Path = Path("checkpoints")
     """The folder of the runs whose curves the page at /runs shows."""
+    origins: tuple[str, ...] = ()
+    """The origins of other sites whose pages may send requests; `*` stands for all origins."""
 
 
 class Dispatcher:

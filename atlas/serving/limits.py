@@ -84,24 +84,28 @@ def _body_error(body: bytes, size: int, most_numbers: int) -> ApiError | None:
     return None
 
 
-def require_auth(app: ASGIApp, *, api_key: str | None, open_paths: Container[str]) -> ASGIApp:
+def require_auth(
+    app: ASGIApp, *, api_key: str | None, open_paths: Container[str], origins: Container[str]
+) -> ASGIApp:
     """Add ASGI middleware that checks who sends a request.
 
     With `api_key`, all paths except `open_paths` need the key. Without `api_key`, the server answers only clients on
-    this machine and the server's own pages.
+    this machine, the server's own pages, and the pages of `origins`; `*` stands for all origins.
     """
 
     async def checked(scope: Scope, receive: Receive, send: Send) -> None:
         error = None
         if scope["type"] == "http":
             is_open = api_key is not None and scope["path"] in open_paths
-            error = _auth_error(Headers(scope=scope), api_key, is_open=is_open)
+            error = _auth_error(Headers(scope=scope), api_key, origins, is_open=is_open)
         await (error_response(error) if error else app)(scope, receive, send)
 
     return checked
 
 
-def _auth_error(headers: Headers, api_key: str | None, *, is_open: bool) -> ApiError | None:
+def _auth_error(
+    headers: Headers, api_key: str | None, origins: Container[str], *, is_open: bool
+) -> ApiError | None:
     if len(headers.getlist("host")) > 1:  # a proxy could check one of them, and this server another one
         return ApiError(400, "the request has more than one Host header: send one")
     if is_open:
@@ -123,6 +127,9 @@ def _auth_error(headers: Headers, api_key: str | None, *, is_open: bool) -> ApiE
         return ApiError(
             403, "this server answers only requests from its own machine: use localhost or 127.0.0.1"
         )
+    if "*" in origins or origin in origins:
+        return None
     if origin is not None and origin.partition("://")[2] != host:
-        return ApiError(403, f"this server answers only requests from its own pages, not from {origin[:100]}")
+        message = f"this server answers only requests from its own pages, not from {origin[:100]}"
+        return ApiError(403, f"{message}: start atlas serve with --allow-origin")
     return None

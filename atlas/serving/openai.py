@@ -11,19 +11,16 @@ from fastapi.responses import JSONResponse, Response
 from atlas.serving.answers import Answer
 from atlas.serving.api.errors import ApiError
 from atlas.serving.api.requests import ChatRequest, CompletionRequest, SamplingParams
-from atlas.serving.api.responses import ChatCompletion, Completion, ModelInfo, Models
+from atlas.serving.api.shapes import ChatCompletion, Completion, ModelInfo, Models
 from atlas.serving.backends.generation import Backend
-from atlas.serving.backends.grammar import Grammar
 from atlas.serving.dispatcher import Dispatcher
+from atlas.serving.grammars import constraint_of
 from atlas.serving.prompts import each_prompt, encode_conversation, encode_prompts, text_of
-from atlas.serving.stream import EventStream, until_disconnect
-from atlas.serving.tools import call_grammar
+from atlas.serving.stream import OR_STREAM, EventStream, until_disconnect
 
 _DEFAULT_TOKENS = 16
 """The default of `max_tokens` for completions in OpenAI's API."""
 _LIMITS = {"max_tokens", "max_completion_tokens", "n_predict"}
-_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
-_OR_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
 
 
 def openai_routes(dispatcher: Dispatcher) -> APIRouter:
@@ -38,7 +35,7 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
     async def model(model: str) -> dict[str, Any]:
         return _info(dispatcher.model(model, is_exact=True))
 
-    @router.post("/completions", response_model=Completion, responses=_OR_STREAM)
+    @router.post("/completions", response_model=Completion, responses=OR_STREAM)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a text."""
         backend, n = dispatcher.model(body.model), body.n or 1
@@ -47,7 +44,7 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
             rule = "only without stream" if body.stream else f"at least n, which is {n}"
             raise ApiError(400, f"best_of: {rule}", param="best_of")
         prompts = await asyncio.to_thread(encode_prompts, body, backend)  # tokenization may be slow
-        constraint = await asyncio.to_thread(_constraint, body, backend)
+        constraint = await asyncio.to_thread(constraint_of, body, backend)
         candidates, is_default = body.candidates, not body.model_fields_set & _LIMITS
         generations = dispatcher.submit(
             backend,
@@ -66,14 +63,14 @@ def openai_routes(dispatcher: Dispatcher) -> APIRouter:
             )
         return await _respond(dispatcher, answer, body, request)
 
-    @router.post("/chat/completions", response_model=ChatCompletion, responses=_OR_STREAM)
+    @router.post("/chat/completions", response_model=ChatCompletion, responses=OR_STREAM)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         backend = dispatcher.model(body.model)
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs: only allowed with logprobs", param="top_logprobs")
         prompt = await asyncio.to_thread(encode_conversation, body, backend)
-        constraint = await asyncio.to_thread(_constraint, body, backend)
+        constraint = await asyncio.to_thread(constraint_of, body, backend)
         candidates, must_call = body.candidates, body.must_call if body.offered else None
         generations = dispatcher.submit(
             backend, [prompt], body, max_tokens=body.limit, candidates=candidates, constraint=constraint
@@ -100,29 +97,6 @@ async def _respond(
         dispatcher.close(answer.request)
     # `content` is None only after a disconnect, when no client reads the response.
     return JSONResponse(content or {}, headers=headers)
-
-
-def _constraint(body: CompletionRequest | ChatRequest, backend: Backend) -> Any:
-    """Return the grammar of the texts, as `Backend.constrain` returns it; None: any text."""
-    try:
-        grammar = _grammar(body)
-        return None if grammar is None else backend.constrain(grammar)
-    except RecursionError:
-        raise ApiError(400, "the schema is nested too deeply: use references") from None
-
-
-def _grammar(body: CompletionRequest | ChatRequest) -> Grammar | None:
-    form, schema = body.response_format, body.json_schema or None
-    formats = [Grammar(schema, "json_schema")] if schema else []
-    if form is not None and form.schema_of_text is not None:
-        formats.append(Grammar(form.schema_of_text, "response_format", is_strict=form.is_strict))
-    if len(formats) > 1:
-        raise ApiError(400, "json_schema: not together with response_format", param="json_schema")
-    answer = formats[0] if formats else None
-    if isinstance(body, ChatRequest) and (tools := body.offered):
-        is_one = body.parallel_tool_calls is False
-        return call_grammar(tools, must_call=body.must_call, is_one=is_one, answer=answer)
-    return answer
 
 
 def _info(backend: Backend) -> dict[str, Any]:

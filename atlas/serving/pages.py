@@ -19,6 +19,7 @@ from pydantic import Field
 from atlas.inference import look
 from atlas.inference.generate import window_start
 from atlas.inference.load import LoadedModel
+from atlas.inference.text import encode_prompt
 from atlas.serving.api.body import Body, TokenIds
 from atlas.serving.api.errors import ApiError
 from atlas.serving.api.requests import MOST_CANDIDATES, ChatRequest, SamplingParams, SamplingSettings
@@ -63,6 +64,14 @@ class TalkRequest(ChatRequest):
     alternatives: int = Field(10, ge=0, le=MOST_CANDIDATES)
 
 
+class ReadRequest(Body):
+    """A text to read, of any length."""
+
+    model: str | None = None
+    prompt: str = Field(min_length=1)
+    alternatives: int = Field(10, ge=0, le=MOST_CANDIDATES)
+
+
 class LookRequest(Body):
     """A request for the model's internals on a text."""
 
@@ -95,16 +104,22 @@ def page_routes(dispatcher: Dispatcher) -> APIRouter:
     async def look_inside(body: LookRequest, request: Request, work: Callable[..., T]) -> T | None:
         """Return the result of `work`, or None after a disconnect. The arguments of `work` are the model, the ids in
         the model's window, the start of this window in the text, and `body`."""
-        backend = dispatcher.model(body.model)
-        if not isinstance(backend, Engine):
-            message = f"{backend.id}: llama.cpp does not show how it chooses a token: serve the checkpoint"
-            raise ApiError(400, message)
-        ids = await _ids(backend, body.prompt)
-        start = window_start(body.given or len(ids), len(ids), backend.context)
-        looking = in_turn(work, backend.loaded, ids[start:], start, body)
+        engine = _engine(dispatcher.model(body.model))
+        ids = await _ids(engine, body.prompt)
+        start = window_start(body.given or len(ids), len(ids), engine.context)
+        looking = in_turn(work, engine.loaded, ids[start:], start, body)
         return await until_disconnect(request.receive, looking)
 
     _add_generation(router, dispatcher, in_turn)
+
+    @router.post("/api/read")
+    async def read(body: ReadRequest, request: Request) -> dict[str, Any] | None:
+        """Return the loss of a text, and its tokens with the model's predictions."""
+        engine = _engine(dispatcher.model(body.model))
+        ids = await asyncio.to_thread(encode_prompt, body.prompt, engine.loaded.tokenizer)
+        _check_number(ids, engine)
+        reading = in_turn(_read_text, engine, ids, body.alternatives)
+        return await until_disconnect(request.receive, reading)
 
     @router.post("/api/sampling")
     async def sampling(body: SamplingRequest, request: Request) -> dict[str, Any] | None:
@@ -138,9 +153,7 @@ def _add_generation(router: APIRouter, dispatcher: Dispatcher, in_turn: InTurn) 
         backend = dispatcher.model(body.model)
         ids = await _ids(backend, body.prompt)
         is_known = not isinstance(body.prompt, str)
-        if len(ids) > (most := max(backend.context, MOST_KNOWN)):
-            rule = f"at most {most:,} token ids, not {len(ids):,}: begin a new text"
-            raise ApiError(400, f"prompt: {rule}", param="prompt")
+        _check_number(ids, backend)
         may_exceed = is_known and isinstance(backend, Engine)
         generations = dispatcher.submit(
             backend, [ids], body, max_tokens=body.limit, candidates=body.alternatives, may_exceed=may_exceed
@@ -161,6 +174,19 @@ def _add_generation(router: APIRouter, dispatcher: Dispatcher, in_turn: InTurn) 
         return EventStream(_events(generations, in_turn, read), lambda: dispatcher.close(generations))
 
 
+def _engine(backend: Backend) -> Engine:
+    if not isinstance(backend, Engine):
+        message = f"{backend.id}: llama.cpp does not show how it chooses a token: serve the checkpoint"
+        raise ApiError(400, message)
+    return backend
+
+
+def _check_number(ids: list[int], backend: Backend) -> None:
+    if len(ids) > (most := max(backend.context, MOST_KNOWN)):
+        rule = f"at most {most:,} tokens, not {len(ids):,}: use a shorter text"
+        raise ApiError(400, f"prompt: {rule}", param="prompt")
+
+
 async def _ids(backend: Backend, prompt: Prompt) -> list[int]:
     return await asyncio.to_thread(backend.encode, prompt) if isinstance(prompt, str) else prompt
 
@@ -173,21 +199,37 @@ def _read(backend: Backend, ids: list[int], alternatives: int | None) -> list[di
     return [{**_option(backend, token, 0.0), "probability": None, "alternatives": []} for token in ids]
 
 
+def _read_text(engine: Engine, ids: list[int], alternatives: int) -> dict[str, Any]:
+    predictions = look.expectations(engine.loaded, ids, alternatives=alternatives)
+    loss, shown = look.loss_of(engine.loaded, predictions), _Shown(engine)
+    names = ("tokens", "loss", "perplexity", "bits_per_byte")
+    values = {name: getattr(loss, name) for name in names} if loss else {}
+    measured = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    return {"tokens": [shown.add(asdict(each)) for each in predictions], "measured": measured}
+
+
+class _Shown:
+    """Adds `shown` to the tokens of a text: the text that a token completes. If a character consists of several tokens,
+    the last of these tokens shows the character."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
+
+    def add(self, token: dict[str, Any]) -> dict[str, Any]:
+        text = self._decoder.decode(self._backend.token_bytes(token["id"]))
+        return {**token, "shown": _visible(text)}
+
+
 async def _events(
     generations: GenerationRequest,
     in_turn: InTurn,
     read: Callable[[], list[dict[str, Any]]],
 ) -> AsyncIterator[str]:
-    backend = generations.backend
-    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
-
-    def shown(token: dict[str, Any]) -> dict[str, Any]:
-        """Add `shown`, the text that the token completes. If a character consists of several tokens, the last of these
-        tokens shows the character."""
-        return {**token, "shown": _visible(decoder.decode(backend.token_bytes(token["id"])))}
+    backend, shown = generations.backend, _Shown(generations.backend)
 
     def prompt_event() -> str:
-        tokens = [shown(token) for token in read()]
+        tokens = [shown.add(token) for token in read()]
         return event({"kind": "prompt", "tokens": tokens, "looks_inside": isinstance(backend, Engine)})
 
     yield await in_turn(prompt_event)
@@ -196,7 +238,7 @@ async def _events(
         finish = piece.finish
         if piece.candidates:
             chosen, *likeliest = [_option(backend, *each) for each in piece.candidates]
-            yield event({"kind": "token", **shown(chosen), "alternatives": likeliest})
+            yield event({"kind": "token", **shown.add(chosen), "alternatives": likeliest})
     yield event({"kind": "end", "tokens": generations.num_generated, "finish": finish})
 
 

@@ -13,6 +13,9 @@ from starlette.types import Receive, Scope, Send
 from atlas.serving.api.errors import ApiError
 
 T = TypeVar("T")
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+OR_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
+"""The media type of `EventStream`, for the OpenAPI document of a route that answers with JSON or with events."""
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:

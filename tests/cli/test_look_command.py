@@ -16,7 +16,7 @@ from atlas.cli.terminal import printable
 from atlas.config import ModelConfig
 from atlas.export.save_imported import save_imported
 from atlas.inference import Sampling, load_model
-from atlas.inference.look import attention, encode, expectations, lens, next_token
+from atlas.inference.look import attention, encode, expectations, lens, loss_of, next_token
 from atlas.model import build_model
 from atlas.tokenizer import Tokenizer
 from tests.conftest import corpus
@@ -52,6 +52,7 @@ def test_json_contains_the_computed_values(checkpoint: Path, capsys: pytest.Capt
     ids = encode(loaded, PROMPT)
     expected = {
         "tokens": [asdict(place) for place in expectations(loaded, ids)],
+        "loss": asdict(loss_of(loaded, expectations(loaded, ids))),
         "sampling": asdict(sampling),
         "next_token": asdict(next_token(loaded, ids, sampling)),
         "lens": {"position": 3, "depths": [asdict(depth) for depth in lens(loaded, ids, position=3)]},
@@ -79,7 +80,9 @@ def test_each_token_has_its_line(checkpoint: Path, capsys: pytest.CaptureFixture
     assert [row.split()[1] for row in rows[-3:]] == [r"\xe6", r"\xbc", r"\xa2"]
     assert {r"\n", "[", "·"} <= {row.split()[1] for row in rows}
     loss = -sum(place.log_probability for place in places[1:]) / (len(places) - 1)
-    summary = f"loss of this text {loss:.4f} nats per token, perplexity {math.exp(loss):,.2f}"
+    summary = f"loss of this text {loss:.4f} nats per token, perplexity {math.exp(loss):,.2f}, "
+    num_bytes = len(b"".join(loaded.tokenizer.token_bytes(place.id) for place in places[1:]))
+    summary += f"{loss * (len(places) - 1) / math.log(2) / num_bytes:.4f} bits per byte"
     assert lines[1 + len(places)].startswith(summary)
 
 

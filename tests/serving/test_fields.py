@@ -15,6 +15,7 @@ from openai.types.chat import completion_create_params as chat_create_params
 from pydantic import ValidationError
 
 from atlas.serving.api.fields import UNSUPPORTED, WITHOUT_EFFECT
+from atlas.serving.api.items import ResponseRequest
 from atlas.serving.api.requests import ChatMessage, ChatRequest, CompletionRequest, StreamOptions
 from tests.served import random_model, served_model
 from tests.serving.test_serving import post
@@ -54,7 +55,8 @@ def test_every_field_of_openais_client_is_decided(theirs: type, ours: type) -> N
 def test_the_page_lists_every_field() -> None:
     """`docs/SERVING.md` has one table of all fields."""
     words = set(re.findall(r"`([a-z_]+)`", PAGE))
-    fields = {*ChatRequest.model_fields, *CompletionRequest.model_fields, *WITHOUT_EFFECT, *UNSUPPORTED}
+    own = {*ChatRequest.model_fields, *CompletionRequest.model_fields, *ResponseRequest.model_fields}
+    fields = {*own, *WITHOUT_EFFECT, *UNSUPPORTED}
     assert fields - words == set()
 
 

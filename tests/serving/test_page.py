@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from atlas.inference.load import LoadedModel
+from atlas.inference.look import attention
 from atlas.serving.backends.engine import Engine
 from atlas.serving.dispatcher import ServerSettings
 from tests.served import random_model, served
@@ -41,6 +43,9 @@ PIXELS = """canvas => {
     return rows.map((row) => rows.map((column) => data[4 * (row * size + column) + 3] > 0));
 }"""
 """The drawn pixels of a square canvas."""
+
+
+VIEWS = {"alternatives": "#alternatives", "sampling": "#sampling", "attention": "#head", "layers": "#lens"}
 
 
 def texts(page, selector: str) -> list[str]:
@@ -141,10 +146,109 @@ def test_attention_and_layers_are_drawn_from_the_model(address: str, loaded: Loa
     page.locator(".heads button").nth(2).click()
     page.locator("h2", has_text="head 2").wait_for()
     assert page.locator(".token.attended").count() == 10
+    # The tokens are at both sides of the picture, and the pointer reads the model's weights.
+    ids = loaded.tokenizer.encode("The river runs")
+    labels = [loaded.tokenizer.decode([id]) for id in ids]
+    for side in ("left", "top"):
+        told = texts(page, f".labelled .{side} span")
+        assert (told[: len(ids)], len(told)) == (labels, 10)
+    page.locator("#head").hover(position=cell_of(page, row=2, column=1))
+    weight = attention(loaded, ids, layers=[1])[0, 2, 2, 1]
+    assert (page.text_content("#weight") or "").startswith(f"{labels[2]} → {labels[1]}: ")
+    assert_percent((page.text_content("#weight") or "").partition(": ")[2], float(weight))
+    page.locator("#head").hover(position=cell_of(page, row=2, column=7))
+    assert "later" in (page.text_content("#weight") or "")
     page.locator("#tab-attention").focus()
     page.keyboard.press("ArrowRight")
     page.locator("#lens").wait_for()
     assert texts(page, "#lens th") == ["embedding", "layer 0", "layer 1"]
+    # The last layer's row has the probabilities of the model itself.
+    page.locator("#tab-layers").click()
+    shares = texts(page, "#lens tr:last-child small")
+    page.locator("#tab-alternatives").click()
+    page.locator("#alternatives").wait_for()
+    assert shares == texts(page, "#alternatives td:nth-child(2)")[:6]
+
+
+def read(address: str, model: str, text: str) -> dict:
+    status, answer = post(address, {"model": model, "prompt": text}, "/api/read")
+    assert status == 200
+    return answer
+
+
+def cell_of(page, *, row: int, column: int) -> dict[str, float]:
+    """The middle of a square of the attention picture, in pixels of the page."""
+    box = page.locator("#head").bounding_box()
+    size = page.locator("#head").evaluate("canvas => canvas.width")
+    return {"x": (column + 0.5) * box["width"] / size, "y": (row + 0.5) * box["height"] / size}
+
+
+def assert_percent(shown: str, fraction: float) -> None:
+    assert float(shown.removesuffix(" %").removeprefix("< ")) == pytest.approx(100 * fraction, abs=0.5)
+
+
+def loss_of_one_pass(loaded: LoadedModel, ids: list[int]) -> float:
+    """The mean loss of a text that fits into the context, from the logits of one forward pass."""
+    tokens = torch.tensor([ids])
+    with torch.inference_mode():
+        return float(cross_entropy(loaded.model(tokens)[0, :-1], tokens[0, 1:]))
+
+
+def test_a_pasted_text_is_measured_in_both_models(address: str, loaded: LoadedModel, page: Page) -> None:
+    text = "The river runs past the mill — größer."
+    page.goto(address)
+    page.locator("#model option").nth(1).wait_for(state="attached")
+    page.select_option("#beside", "second")
+    page.fill("#prompt", text)
+    page.click("#measure")
+    page.locator("#columns[aria-busy=false]").wait_for()
+    ids = loaded.tokenizer.encode(text)
+    losses = [loss_of_one_pass(each, ids) for each in (loaded, random_model(seed=1))]
+    num_bytes = len(b"".join(map(loaded.tokenizer.token_bytes, ids[1:])))
+    for said, loss in zip(texts(page, "#columns p"), losses, strict=True):
+        bits = loss * (len(ids) - 1) / math.log(2) / num_bytes
+        told = [float(number.replace(",", "")) for number in re.findall(r"[\d,]+\.\d+", said)]
+        assert told == pytest.approx([loss, math.exp(loss), bits], rel=1e-3)
+        assert f"{len(ids)} tokens" in said
+    assert page.locator("#columns > :first-child .token.prompt").count() == len(ids)
+    # The text can be continued from one of its tokens.
+    page.locator("#columns > :first-child .token").nth(4).click()
+    page.locator("#alternatives button").nth(1).click()
+    page.locator("#columns > :first-child .token:not(.prompt)").nth(3).wait_for()
+    assert page.locator("#columns > :first-child p").is_hidden()
+
+
+def test_a_long_text_is_measured_in_windows(address: str, loaded: LoadedModel) -> None:
+    """Each token after the first window is predicted from at least half a context."""
+    answer = read(address, "first", "The river runs past the mill. " * 30)
+    ids = [token["id"] for token in answer["tokens"]]
+    context, known = 64, 32
+    assert len(ids) > 3 * context
+    expected = []
+    for place in range(1, len(ids)):
+        block = max(0, (place - known) // (context - known))
+        window = torch.tensor([ids[block * (context - known) : place]])
+        with torch.inference_mode():
+            expected.append(float(loaded.model(window)[0, -1].log_softmax(-1)[ids[place]]))
+    assert [token["log_probability"] for token in answer["tokens"][1:]] == pytest.approx(expected, abs=1e-3)
+    assert answer["measured"]["loss"] == pytest.approx(-sum(expected) / len(expected), rel=1e-4)
+    assert answer["measured"]["tokens"] == len(ids) - 1
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_leaves_a_phones_screen(address: str, page: Page, scheme: str) -> None:
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": 360, "height": 740})
+    page.goto(address)
+    page.locator("#model option").nth(1).wait_for(state="attached")
+    page.select_option("#beside", "second")
+    write(page, "The river runs", seed=3, max_tokens=20)
+    page.locator(".token").nth(6).click()
+    for view, drawn in VIEWS.items():
+        page.click(f"#tab-{view}")
+        page.locator(drawn).wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") == 360, view
+        assert page.locator("aside").evaluate("aside => aside.scrollWidth <= aside.clientWidth"), view
 
 
 def test_alternatives_have_the_models_probabilities(address: str, loaded: LoadedModel, page: Page) -> None:

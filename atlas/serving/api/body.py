@@ -47,7 +47,8 @@ Items = Annotated[list[T], Field(fail_fast=True)]
 Int = Annotated[int, BeforeValidator(_integer)]
 IsFalse = Annotated[Literal[False], _same_bool(False)]
 IsTrue = Annotated[Literal[True], _same_bool(True)]
-TokenIds = Annotated[Items[Annotated[int, Field(ge=0)]], Field(min_length=1), BeforeValidator(_integers)]
+AnyTokenIds = Annotated[Items[Annotated[int, Field(ge=0)]], BeforeValidator(_integers)]
+TokenIds = Annotated[AnyTokenIds, Field(min_length=1)]
 
 
 class Body(BaseModel):
@@ -59,11 +60,12 @@ class Body(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _check_other_fields(cls, values: Any, handler: ModelWrapValidatorHandler[Any]) -> Any:
-        others = [name for name in values if name not in cls.model_fields] if isinstance(values, dict) else []
+        own = {field.alias or name for name, field in cls.model_fields.items()}
+        others = [name for name in values if name not in own] if isinstance(values, dict) else []
         for name in others:
             check_neutral(name, values[name])
         body = handler(values)
-        body._unknown = unknown(others, cls.model_fields)
+        body._unknown = unknown(others, own)
         return body
 
     def ignored(self) -> Iterator[str]:

@@ -29,7 +29,12 @@ _OPENAI = """
     prompt_cache_breakpoint prediction verbosity reasoning_effort parallel_tool_calls include_obfuscation
 """
 # What clients add to messages, or what an earlier answer had.
-_IN_MESSAGES = "name refusal annotations cache_control reasoning reasoning_content"
+_IN_MESSAGES = """
+    name refusal annotations cache_control reasoning reasoning_content id status phase namespace caller summary
+    encrypted_content
+"""
+# Of the Responses API: what concerns tools and programs that OpenAI itself runs.
+_RESPONSES = "background_options access_programs allowed_callers output_schema"
 # Scheduling, caches, other modalities, and options of the beam search, which itself is refused.
 _VLLM = """
     priority request_id session_id cache_salt kv_transfer_params ec_transfer_params media_io_kwargs mm_processor_kwargs
@@ -44,7 +49,7 @@ _LLAMA_CPP = """
     chat_parser generation_prompt reasoning_format reasoning_control reasoning_in_content reasoning_budget_start_tag
     reasoning_budget_end_tag reasoning_budget_end_tags reasoning_budget_message thinking_forced_open
 """
-WITHOUT_EFFECT = frozenset(" ".join((_OPENAI, _IN_MESSAGES, _VLLM, _LLAMA_CPP)).split())
+WITHOUT_EFFECT = frozenset(" ".join((_OPENAI, _IN_MESSAGES, _RESPONSES, _VLLM, _LLAMA_CPP)).split())
 """Fields that do not change what the model writes. Every value is taken."""
 
 
@@ -65,6 +70,16 @@ _FORMATS = "use response_format or json_schema"
 _STOPS = "use stop"
 
 UNSUPPORTED: Mapping[str, Unsupported] = {
+    "previous_response_id": Unsupported(
+        ("",), "this server keeps no answers: send the earlier items in input"
+    ),
+    "conversation": Unsupported((), "this server keeps no conversations: send the earlier items in input"),
+    "background": Unsupported((False,), "this server keeps no answers: use stream"),
+    "context_management": Unsupported(([],), "use truncation"),
+    "max_tool_calls": Unsupported((), "your program runs the functions, and can count the calls"),
+    "image": Unsupported((), _TEXT),
+    "defer_loading": Unsupported((False,), "the model reads all functions"),
+    "async": Unsupported((False,), "your program runs the functions"),
     "suffix": Unsupported(("",), "the model only continues a text"),
     "messages": Unsupported((), "send a conversation to /v1/chat/completions"),
     "prompt": Unsupported(("",), "send a text to continue to /v1/completions"),

@@ -65,10 +65,11 @@ class Engine(Backend):
         super().start()
         self._thread.start()
 
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text. For an empty text, return the id that begins a document."""
+    def encode(self, text: str, *, begins: bool = True) -> list[int]:
+        """Return the token ids of a text. For an empty text, return the id that begins a document. If `begins` is
+        false, return only the ids of the text itself, without the token with which the model's texts begin."""
         self.check_length(text)
-        return encode_prompt(text, self.loaded.tokenizer)
+        return encode_prompt(text, self.loaded.tokenizer) if begins else self.loaded.tokenizer.encode(text)
 
     def encode_chat(
         self,

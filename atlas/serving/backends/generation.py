@@ -143,8 +143,9 @@ class Backend(ABC):
             raise TooLong(self.context, f"at least {size // self.longest_token:,}")
 
     @abstractmethod
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text. For an empty text, return the id that begins a document."""
+    def encode(self, text: str, *, begins: bool = True) -> list[int]:
+        """Return the token ids of a text. For an empty text, return the id that begins a document. If `begins` is
+        false, return only the ids of the text itself, without the token with which the model's texts begin."""
 
     @abstractmethod
     def encode_chat(

@@ -81,11 +81,13 @@ class Llama(Backend):
         self._waiting: set[Generation] = set()
         self._closed = False
 
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text. For an empty text, return the id that begins a document. As in llama.cpp's
-        own server, special tokens in the text, such as `<|im_end|>`, are read as special tokens."""
+    def encode(self, text: str, *, begins: bool = True) -> list[int]:
+        """Return the token ids of a text. For an empty text, return the id that begins a document. If `begins` is
+        false, return only the ids of the text itself, without the token with which the model's texts begin. As in
+        llama.cpp's own server, special tokens in the text, such as `<|im_end|>`, are read as special tokens."""
         self.check_length(text)
-        return self._tokenize(text) or [self._eos_id]
+        ids = self._tokenize(text, begins=begins)
+        return ids or ([self._eos_id] if begins else [])
 
     def encode_chat(
         self,
@@ -109,8 +111,8 @@ class Llama(Backend):
         text = self._ask("/apply-template", body)["prompt"]
         return self._tokenize(text + messages[-1].content.lstrip() if continues_last else text)
 
-    def _tokenize(self, text: str) -> list[int]:
-        body = {"content": text, "add_special": True, "parse_special": True}
+    def _tokenize(self, text: str, *, begins: bool = True) -> list[int]:
+        body = {"content": text, "add_special": begins, "parse_special": True}
         ids: list[int] = self._ask("/tokenize", body)["tokens"]
         return ids
 

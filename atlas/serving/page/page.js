@@ -23,8 +23,9 @@ function makeColumns() {
   columns = names.map((model) => {
     const text = element("div", { className: "text", role: "group" });
     text.setAttribute("aria-label", `Text of ${model}`);
-    const root = element("div", {}, names.length > 1 ? element("h2", { textContent: model }) : "", text);
-    const column = { model, root, text, tokens: [] };
+    const loss = element("p", { className: "quiet", hidden: true });
+    const root = element("div", {}, names.length > 1 ? element("h2", { textContent: model }) : "", loss, text);
+    const column = { model, root, text, loss, tokens: [] };
     text.addEventListener("click", (event) => {
       const span = event.target.closest(".token");
       if (span) choose(column, Number(span.dataset.index));
@@ -88,10 +89,6 @@ function generationParams() {
 }
 
 async function write(prompts) {
-  writing?.abort();
-  const mine = (writing = new AbortController());
-  busy(true);
-  say("");
   const start = performance.now();
   let written = 0;
   const rate = () => `${written} tokens, ${number(written / ((performance.now() - start) / 1000))} tokens/s`;
@@ -99,15 +96,34 @@ async function write(prompts) {
     written += 1;
     say(rate(), { aloud: false });
   };
-  const all = prompts.map((one) => writeIn(...one, mine.signal, count));
-  const ends = await Promise.allSettled(all);
-  if (writing !== mine) return;
+  const ends = await inTurn((signal) => prompts.map((one) => writeIn(...one, signal, count)));
+  if (ends && written) say(`${rate()}; ${ends.map((end) => ENDS[end.value] ?? "stopped").join(" and ")}`);
+}
+
+/** Run the work that `begin` starts, which ends what ran before. Return its results; null after an error, or if other
+ * work has replaced it. */
+async function inTurn(begin) {
+  writing?.abort();
+  const mine = (writing = new AbortController());
+  busy(true);
+  say("");
+  const ends = await Promise.allSettled(begin(mine.signal));
+  if (writing !== mine) return null;
   writing = null;
   busy(false);
   const failed = ends.map((end) => end.reason).find((error) => error && error.name !== "AbortError");
   if (failed) say(failed.message, { isBad: true });
-  else if (written) say(`${rate()}; ${ends.map((end) => ENDS[end.value] ?? "stopped").join(" and ")}`);
   if (!chosen) showView();
+  return failed ? null : ends;
+}
+
+function replaceTokens(column, tokens, looksInside) {
+  column.tokens = [];
+  column.text.replaceChildren();
+  column.loss.hidden = true;
+  column.looksInside = looksInside;
+  column.given = tokens.length;
+  for (const token of tokens) addToken(column, token);
 }
 
 /** Generate text in a column. If an earlier text is continued, `kept` has the known tokens of this text; otherwise `kept`
@@ -115,11 +131,8 @@ async function write(prompts) {
 async function writeIn(column, prompt, kept, signal, count) {
   for await (const event of stream("api/write", { model: column.model, prompt, ...generationParams() }, signal)) {
     if (event.kind === "prompt") {
-      column.tokens = [];
-      column.text.replaceChildren();
-      column.looksInside = event.looks_inside;
-      column.given = event.tokens.length;
-      event.tokens.forEach((token, index) => addToken(column, { given: !kept, ...token, ...kept?.[index] }));
+      const tokens = event.tokens.map((token, index) => ({ given: !kept, ...token, ...kept?.[index] }));
+      replaceTokens(column, tokens, event.looks_inside);
       if (kept) chooseLast(column);
       else if (chosen?.column === column) chosen = null;
       if (!chosen) showView();
@@ -138,6 +151,31 @@ function writeAll() {
   makeColumns();
   write(columns.map((column) => [column, $("prompt").value, null]));
 }
+
+/** Show the loss of the text in each column's model, and the model's surprise at each token. */
+async function measureAll() {
+  if (!models.length) return begin();
+  const prompt = $("prompt").value;
+  if (!prompt) return say("no text to measure: write or paste one", { isBad: true });
+  makeColumns();
+  await inTurn((signal) => columns.map((column) => measure(column, prompt, signal)));
+}
+
+async function measure(column, prompt, signal) {
+  const { tokens, measured } = await ask("api/read", { model: column.model, prompt, alternatives: ALTERNATIVES }, signal);
+  if (chosen?.column === column) chosen = null;
+  replaceTokens(column, tokens.map((token) => ({ ...token, given: true })), true);
+  const { loss, perplexity, bits_per_byte } = Object.fromEntries(
+    Object.entries(measured).map(([name, value]) => [name, value === null ? "∞" : fixed(value)]),
+  );
+  column.loss.textContent = measured.tokens
+    ? `loss ${loss} nats per token, perplexity ${perplexity}, ${bits_per_byte} bits per byte; ` +
+      `${tokens.length.toLocaleString("en")} tokens, all but the first predicted`
+    : "one token: the first token has no prediction, so there is no loss";
+  column.loss.hidden = false;
+}
+
+const fixed = (value) => value.toLocaleString("en", { minimumFractionDigits: 3, maximumFractionDigits: 3 });
 
 /** Choose the last token after a branch, so that the alternatives of this token are one click or key away. */
 function chooseLast(column) {
@@ -264,6 +302,7 @@ async function showLayers(place) {
 // ---- Wiring
 
 $("write").addEventListener("click", writeAll);
+$("measure").addEventListener("click", measureAll);
 $("stop").addEventListener("click", () => writing?.abort());
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") writing?.abort();

@@ -72,7 +72,7 @@ export function drawAttention(view, facts, answer, tokens, again) {
   const order = last.map((weight, place) => [weight, place]).sort((one, other) => other[0] - one[0]).slice(0, 8);
   const rows = order.map(([weight, place]) => {
     const bar = element("i");
-    bar.style.width = width(weight);
+    bar.style.width = width(weight / order[0][0]);
     return element(
       "tr",
       {},
@@ -82,23 +82,53 @@ export function drawAttention(view, facts, answer, tokens, again) {
       element("td", { className: "bar" }, bar),
     );
   });
-  const large = picture(weights);
-  large.id = "head";
+  const shown = tokens.slice(answer.first, answer.first + weights.length).map(({ text }) => visible(text));
   view.replaceChildren(
     facts,
     element("label", {}, "Attention of ", layer),
     element("div", { className: "heads" }, ...buttons),
     element("h2", { textContent: `What the token attends to in head ${head}` }),
     element("table", { className: "bars", id: "attended" }, element("tbody", {}, ...rows)),
-    large,
+    labelled(weights, shown),
     element("p", {
       className: "quiet",
       textContent:
         "Each row shows the attention of a token to itself and to all earlier tokens, from left to right. The last row is " +
-        "the chosen token. In the text, a stronger underline means that the chosen token attends more to that token." +
+        "the chosen token. Move over the picture to read a weight. In the text, a stronger underline means that the chosen token attends more to that token." +
         (answer.first ? ` Only the last ${weights.length} tokens are drawn.` : ""),
     }),
   );
+}
+
+const MOST_LABELS = 24; // at each side of the picture, so that the labels do not overlap
+
+/** The picture of a head with the tokens at its sides, and a line that names the weight under the pointer. */
+function labelled(weights, texts) {
+  const canvas = picture(weights);
+  canvas.id = "head";
+  const size = texts.length;
+  const step = Math.ceil(size / MOST_LABELS);
+  const side = (className, place) =>
+    element(
+      "div",
+      { className, ariaHidden: "true" },
+      ...texts.flatMap((text, index) => {
+        if ((size - 1 - index) % step) return [];
+        const label = element("span", { className: "piece", textContent: text });
+        label.style[place] = width((index + 0.5) / size);
+        return [label];
+      }),
+    );
+  const weight = element("output", { id: "weight", className: "quiet" });
+  canvas.addEventListener("pointermove", ({ offsetX, offsetY }) => {
+    const [row, column] = [offsetY / canvas.clientHeight, offsetX / canvas.clientWidth].map((part) =>
+      Math.min(size - 1, Math.max(0, Math.floor(part * size))),
+    );
+    weight.value =
+      column > row ? "a token does not attend to later tokens" : `${texts[row]} → ${texts[column]}: ${percent(weights[row][column])}`;
+  });
+  canvas.addEventListener("pointerleave", () => (weight.value = ""));
+  return element("div", { className: "labelled" }, side("top", "left"), side("left", "top"), canvas, weight);
 }
 
 const back = (count) => (count ? `${count} back` : "itself");
@@ -125,7 +155,8 @@ function picture(weights) {
 export function drawLayers(view, facts, answer, chosenId) {
   const rows = answer.layers.map((layer) => {
     const cells = layer.likeliest.map((token) => {
-      const cell = element("td", { className: "piece", textContent: visible(token.text), title: percent(token.probability) });
+      const share = element("small", { textContent: percent(token.probability) });
+      const cell = element("td", { className: "piece", title: visible(token.text) }, visible(token.text), share);
       cell.style.setProperty("--p", token.probability);
       if (token.id === chosenId) cell.classList.add("actual");
       return cell;
