@@ -14,7 +14,7 @@ from atlas.serving.backends.generation import Backend, GenerationRequest
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 _V1 = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings")
-_ROUTES = frozenset({*_V1, "/tokenize", "/detokenize", "/props", "/health", "/metrics"})
+_ROUTES = frozenset({*_V1, "/tokenize", "/detokenize", "/tokenizer_info", "/props", "/health", "/metrics"})
 
 
 class Metrics:

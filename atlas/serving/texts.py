@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 
 from atlas.inference.look import embedding
 from atlas.serving.api.errors import ApiError
-from atlas.serving.api.shapes import Detokenized, Embeddings, Properties, Tokenized
+from atlas.serving.api.shapes import Detokenized, Embeddings, Properties, Tokenized, TokenizerInfo
 from atlas.serving.api.texts import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from atlas.serving.backends.engine import Engine
 from atlas.serving.backends.generation import Backend, TooLong
@@ -25,7 +25,7 @@ from atlas.version import __version__
 
 
 def text_routes(dispatcher: Dispatcher) -> APIRouter:
-    """Return the routes /tokenize, /detokenize, /props and /v1/embeddings."""
+    """Return the routes /tokenize, /detokenize, /tokenizer_info, /props and /v1/embeddings."""
     router = APIRouter()
     _add_embeddings(router, dispatcher)
 
@@ -59,6 +59,13 @@ def text_routes(dispatcher: Dispatcher) -> APIRouter:
             "modalities": {"vision": False, "audio": False},
             "build_info": f"atlas {__version__}",
         }
+
+    @router.get("/tokenizer_info", response_model=TokenizerInfo)
+    async def tokenizer_info(model: str | None = None) -> dict[str, Any]:
+        """Return what vLLM's clients, such as lm-eval, ask about a tokenizer."""
+        backend = dispatcher.model(model)
+        named = {f"{name}_token": backend.named_tokens.get(name) for name in ("bos", "eos", "pad")}
+        return {**named, "model_max_length": backend.context, "chat_template": backend.chat_template}
 
     return router
 
@@ -97,7 +104,8 @@ def _add_embeddings(router: APIRouter, dispatcher: Dispatcher) -> None:
 def _tokens(body: TokenizeRequest, backend: Backend) -> list[int]:
     if (conversation := body.conversation) is not None:
         return encode_conversation(conversation, backend)
-    return backend.encode(body.content or body.prompt or "", begins=body.begins)
+    text, parse_special = body.content or body.prompt or "", body.parse_special is not False
+    return backend.tokenize(text, add_special=body.adds_special, parse_special=parse_special)
 
 
 def _text(backend: Backend, id: int) -> str:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from atlas.tokenizer.base import Tokenizer
 from atlas.tokenizer.chat_template import Message as Message
 from atlas.tokenizer.chat_template import encode_prompt_for_answer
+from atlas.tokenizer.chat_template import encode_with_special as encode_with_special
 
 ROLES = ("system", "user", "assistant", "tool")
 

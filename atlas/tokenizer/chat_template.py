@@ -165,6 +165,13 @@ def encode_prompt_for_answer(
     return _encode(_OWN_MARKS.sub("", text) + _plain(beginning, tokenizer), tokenizer)[0]
 
 
+def encode_with_special(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of a text in which special tokens, such as `<|endoftext|>`, are read as such."""
+    if not any(token in text for token in tokenizer.special_strings):
+        return tokenizer.encode(text)
+    return _encode(_OWN.sub("\ufffd", text), tokenizer)[0]
+
+
 def encode_conversation(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     """Return the ids of a conversation that ends with an answer, and which of them the model learns: the answers with
     the token that ends them.

@@ -53,7 +53,21 @@ def test_tokens_are_those_of_the_tokenizer_and_come_back_as_the_text(
     _, answer = post(address, {"prompt": "The river", "return_token_strs": True}, "/tokenize")
     assert "".join(answer["token_strs"]) == "The river"
     assert post(address, {"content": ""}, "/tokenize")[1]["tokens"] == []
-    assert post(address, {"prompt": ""}, "/tokenize")[1]["tokens"] == [loaded.tokenizer.eos_id]
+    assert post(address, {"prompt": ""}, "/tokenize")[1]["tokens"] == []
+
+
+def test_special_tokens_are_read_unless_the_request_says_otherwise(address: str, loaded: LoadedModel) -> None:
+    text, (before, after) = (
+        "The<|endoftext|> river",
+        (loaded.tokenizer.encode(part) for part in ("The", " river")),
+    )
+    status, info = answered(f"{address}/tokenizer_info")
+    assert (status, info["eos_token"], info["model_max_length"]) == (200, "<|endoftext|>", 128)
+    for model in [each["id"] for each in answered(f"{address}/v1/models")[1]["data"]]:
+        _, special = post(address, {"prompt": text, "model": model}, "/tokenize")
+        assert special["tokens"] == [*before, loaded.tokenizer.eos_id, *after]
+        _, plain = post(address, {"prompt": text, "model": model, "parse_special": False}, "/tokenize")
+        assert plain["tokens"] == loaded.tokenizer.encode(text) != special["tokens"]
 
 
 def test_a_conversation_has_the_tokens_that_the_model_reads(address: str, loaded: LoadedModel) -> None:

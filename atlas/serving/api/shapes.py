@@ -226,6 +226,16 @@ class Tokenized(BaseModel):
     token_strs: list[str] | None = None
 
 
+class TokenizerInfo(BaseModel):
+    """The special tokens of a tokenizer, the largest number of tokens that the model reads, and the chat template."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    model_max_length: int
+    chat_template: str | None
+
+
 class Detokenized(BaseModel):
     """The text of tokens, under llama.cpp's name and under vLLM's."""
 

@@ -23,14 +23,16 @@ class TokenizeRequest(Body):
     content: str | None = None
     """llama.cpp's name for the text. The tokens are those of the text alone, unless `add_special` is true."""
     prompt: str | None = None
-    """vLLM's name for the text. The tokens are those that /v1/completions reads, unless `add_special_tokens` is
-    false."""
+    """vLLM's name for the text. The tokens include the one with which the model's texts begin, if there is one, unless
+    `add_special_tokens` is false."""
     messages: Annotated[Items[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
     """A conversation. The tokens are those that /v1/chat/completions reads, up to the beginning of the answer."""
     add_special: bool | None = None
-    """Whether the tokens include the token with which the model's texts begin, if there is one."""
+    """Whether the tokens include the one with which the model's texts begin, if there is one."""
     add_special_tokens: bool | None = None
     """vLLM's name for `add_special`."""
+    parse_special: bool | None = None
+    """False: special tokens in the text, such as `<|im_end|>`, are read as plain text. Default: as special tokens."""
     add_generation_prompt: bool | None = None
     """False: the last message is the assistant's, and is not complete."""
     with_pieces: bool | None = None
@@ -49,8 +51,8 @@ class TokenizeRequest(Body):
         return ChatRequest(messages=self.messages, add_generation_prompt=self.add_generation_prompt)
 
     @property
-    def begins(self) -> bool:
-        """Whether the tokens of a text include the token with which the model's texts begin."""
+    def adds_special(self) -> bool:
+        """Whether the tokens of a text include the one with which the model's texts begin."""
         asked = self.add_special if self.add_special is not None else self.add_special_tokens
         return self.content is None if asked is None else asked
 

@@ -28,7 +28,7 @@ from atlas.inference.text import TextStream, encode_prompt
 from atlas.model import AtlasLM, long_tensor
 from atlas.serving.backends.generation import Backend, Busy, Candidate, Generation, Piece, failure
 from atlas.serving.backends.grammar import Grammar, Vocabulary, allowed_tokens
-from atlas.tokenizer.chat import Message, encode_chat
+from atlas.tokenizer.chat import Message, encode_chat, encode_with_special
 
 PREFILL_TOKENS = 1024
 """The largest number of prompt positions in one prefill, padding included. Only a single prompt may have more. Running
@@ -65,11 +65,23 @@ class Engine(Backend):
         super().start()
         self._thread.start()
 
-    def encode(self, text: str, *, begins: bool = True) -> list[int]:
-        """Return the token ids of a text. For an empty text, return the id that begins a document. If `begins` is
-        false, return only the ids of the text itself, without the token with which the model's texts begin."""
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text. For an empty text, return the id that begins a document."""
         self.check_length(text)
-        return encode_prompt(text, self.loaded.tokenizer) if begins else self.loaded.tokenizer.encode(text)
+        return encode_prompt(text, self.loaded.tokenizer)
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Return the token ids of a text, with the token that begins a text if `add_special` is true. If
+        `parse_special` is true, special tokens in the text are read as such."""
+        self.check_length(text)
+        tokenizer = self.loaded.tokenizer
+        ids = encode_with_special(text, tokenizer) if parse_special else tokenizer.encode(text)
+        return [*tokenizer.begin_ids, *ids] if add_special else ids
+
+    @property
+    def named_tokens(self) -> Mapping[str, str]:
+        """`bos`, `eos` and so on → the special token with this meaning."""
+        return self.loaded.tokenizer.named_tokens()
 
     def encode_chat(
         self,

@@ -143,9 +143,18 @@ class Backend(ABC):
             raise TooLong(self.context, f"at least {size // self.longest_token:,}")
 
     @abstractmethod
-    def encode(self, text: str, *, begins: bool = True) -> list[int]:
-        """Return the token ids of a text. For an empty text, return the id that begins a document. If `begins` is
-        false, return only the ids of the text itself, without the token with which the model's texts begin."""
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text. For an empty text, return the id that begins a document."""
+
+    @abstractmethod
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Return the token ids of a text, with the token that begins a text if `add_special` is true. If
+        `parse_special` is true, special tokens in the text are read as such."""
+
+    @property
+    @abstractmethod
+    def named_tokens(self) -> Mapping[str, str]:
+        """`bos`, `eos` and so on → the special token with this meaning."""
 
     @abstractmethod
     def encode_chat(

@@ -60,6 +60,8 @@ class Llama(Backend):
         super().__init__(name, context=used - 1, vocab_size=vocab_size, parallel=parallel, queue=queue)
         self._is_byte_level = metadata.get("tokenizer.ggml.model") == "gpt2"
         self.longest_token = max(map(len, self._tokens)) if self._is_byte_level else None
+        ids = {name: metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos")}
+        self._named = {name: self._tokens[id] for name, id in ids.items() if id is not None}
         self._template: str | None = metadata.get("tokenizer.chat_template")
         self._key = secrets.token_hex()
         try:
@@ -81,13 +83,18 @@ class Llama(Backend):
         self._waiting: set[Generation] = set()
         self._closed = False
 
-    def encode(self, text: str, *, begins: bool = True) -> list[int]:
-        """Return the token ids of a text. For an empty text, return the id that begins a document. If `begins` is
-        false, return only the ids of the text itself, without the token with which the model's texts begin. As in
-        llama.cpp's own server, special tokens in the text, such as `<|im_end|>`, are read as special tokens."""
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text. For an empty text, return the id that begins a document. As in llama.cpp's
+        own server, special tokens in the text, such as `<|im_end|>`, are read as special tokens."""
+        return self.tokenize(text, add_special=True, parse_special=True) or [self._eos_id]
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Return the token ids of a text, with the token that begins a text if `add_special` is true. If
+        `parse_special` is true, special tokens in the text are read as such."""
         self.check_length(text)
-        ids = self._tokenize(text, begins=begins)
-        return ids or ([self._eos_id] if begins else [])
+        body = {"content": text, "add_special": add_special, "parse_special": parse_special}
+        ids: list[int] = self._ask("/tokenize", body)["tokens"]
+        return ids
 
     def encode_chat(
         self,
@@ -109,12 +116,13 @@ class Llama(Backend):
         }
         body |= {"chat_template_kwargs": others, **({"tools": tools} if tools else {})}
         text = self._ask("/apply-template", body)["prompt"]
-        return self._tokenize(text + messages[-1].content.lstrip() if continues_last else text)
+        text += messages[-1].content.lstrip() if continues_last else ""
+        return self.tokenize(text, add_special=True, parse_special=True)
 
-    def _tokenize(self, text: str, *, begins: bool = True) -> list[int]:
-        body = {"content": text, "add_special": begins, "parse_special": True}
-        ids: list[int] = self._ask("/tokenize", body)["tokens"]
-        return ids
+    @property
+    def named_tokens(self) -> Mapping[str, str]:
+        """`bos`, `eos` and so on → the special token with this meaning."""
+        return self._named
 
     @property
     def chat_template(self) -> str | None:
