@@ -134,9 +134,9 @@ class Served:
 
 
 @contextlib.contextmanager
-def served(checkpoint: str | Path, arguments: argparse.Namespace) -> Iterator[Served]:
+def served(checkpoint: str | Path, arguments: argparse.Namespace, *options: str) -> Iterator[Served]:
     command = [sys.executable, "-m", "atlas", "serve", "--checkpoint", str(checkpoint), "--port", "0"]
-    command += ["--parallel", str(arguments.clients), "--device", arguments.device]
+    command += ["--parallel", str(arguments.clients), "--device", arguments.device, *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:

@@ -68,6 +68,14 @@ def serve(
             min=0,
         ),
     ] = 256,
+    prefix_cache: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of finished texts whose keys and values are kept, so that a text with the same beginning is "
+            "read only from where it differs. Default: as many as the parallel sequences may have; 0: none.",
+            min=0,
+        ),
+    ] = None,
     runs: Annotated[
         str, typer.Option(help="Folder of the runs that the page at /runs shows, subfolders included.")
     ] = "checkpoints",
@@ -111,7 +119,7 @@ def serve(
         load_model(path, device=device, tokenizer=tokenizer, dtype=dtype, context=context) for path in paths
     ]
     backends: list[Backend] = [
-        _engine(model, name, parallel=parallel, queue=queue)
+        _engine(model, name, parallel=parallel, queue=queue, prefix_tokens=prefix_cache)
         for model, name in zip(models, _names([model.path for model in models]), strict=True)
     ]
     if gguf:
@@ -161,7 +169,9 @@ def _names(paths: list[Path]) -> list[str]:
     return names
 
 
-def _engine(model: LoadedModel, name: str, *, parallel: int | None, queue: int) -> Backend:
+def _engine(
+    model: LoadedModel, name: str, *, parallel: int | None, queue: int, prefix_tokens: int | None
+) -> Backend:
     from atlas.inference.layout import lay_out_for_decoding
     from atlas.machine import measure_memory
     from atlas.planning.inference import estimate_inference_memory
@@ -181,7 +191,7 @@ def _engine(model: LoadedModel, name: str, *, parallel: int | None, queue: int) 
         lay_out_for_decoding(model.model)
     step = model.facts.get("step")
     say(f"{name}: {model.path}, step {step}: {parallel} sequences in parallel on {device}")
-    return Engine(model, name, parallel=parallel, queue=queue)
+    return Engine(model, name, parallel=parallel, queue=queue, prefix_tokens=prefix_tokens)
 
 
 def _run(server: Server, address: str) -> None:

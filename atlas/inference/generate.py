@@ -94,12 +94,17 @@ def prefill(model: AtlasLM, windows: Sequence[Sequence[int]], cache: KVCache | N
 
 
 def prefill_states(model: AtlasLM, windows: Sequence[Sequence[int]], cache: KVCache | None) -> Tensor:
-    """Run one forward pass as `prefill` does, and return (B, T, C), the final hidden states.
+    """Run one forward pass as `prefill` does, and return (B, T, C), the final hidden states. If `cache` is not empty,
+    the windows continue its rows.
 
     Rows are padded on the right. The tokens of a window do not attend to the padding.
     """
-    lengths = [len(window) for window in windows]
-    longest = max(lengths)
+    longest = max(map(len, windows))
+    lengths = (
+        [start + len(window) for start, window in zip(cache.row_lengths, windows, strict=True)]
+        if cache
+        else []
+    )
     padded = [[*window, *[0] * (longest - len(window))] for window in windows]
     states = model.hidden_states(long_tensor(padded, next(model.parameters()).device), cache)
     if cache is not None:

@@ -11,6 +11,7 @@ so that a forward pass computes only these rows.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ class KVCache:
     """Preallocated keys and values, with one length per row.
 
     `keys` and `values` have shape (num_layers, B, num_kv_heads, max_len, head_dim); `lengths` has shape (B,). B is the
-    number of rows in use. At first, B is `batch_size`. `truncate`, `append` and `remove` change B.
+    number of rows in use. At first, B is `batch_size`. `truncate` and `remove` change B.
     """
 
     def __init__(
@@ -100,13 +101,13 @@ class KVCache:
         # The lengths are also on the host, so that slicing needs no device sync.
         self._lengths = list(lengths)
 
-    def append(self, other: KVCache) -> None:
-        """Append the rows of another cache to the rows in use."""
-        first, length = len(self._lengths), other.longest
-        rows = slice(first, first + len(other._lengths))
-        self._all_keys[:, rows, :, :length] = other.keys[..., :length, :]
-        self._all_values[:, rows, :, :length] = other.values[..., :length, :]
-        self.truncate([*self._lengths, *other._lengths])
+    def free_rows(self, lengths: Sequence[int]) -> KVCache:
+        """Return the next rows that are not in use as a cache of their own, with these lengths and with the memory of
+        this cache. `truncate` with all lengths puts these rows into use."""
+        part, rows = copy.copy(self), slice(len(self._lengths), len(self._lengths) + len(lengths))
+        part._all_keys, part._all_values = self._all_keys[:, rows], self._all_values[:, rows]
+        part.truncate(lengths)
+        return part
 
     def remove(self, row: int) -> None:
         """Remove a row. The last row moves to the place of the removed row."""
@@ -123,6 +124,11 @@ class KVCache:
         rows = slice(None) if row is None else row
         self._all_keys[:, rows] = 0
         self._all_values[:, rows] = 0
+
+    @property
+    def row_lengths(self) -> list[int]:
+        """The number of tokens in each row."""
+        return list(self._lengths)
 
     @property
     def longest(self) -> int:

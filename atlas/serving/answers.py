@@ -116,10 +116,15 @@ class Answer:
         yield "data: [DONE]\n\n"
 
     @property
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """The number of tokens in the prompts, and in the generations so far."""
         prompt, completion = self.request.num_prompt_tokens, self.request.num_generated
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": self.request.num_reused},
+        }
 
     def _choice(self, index: int, content: dict[str, Any], pieces: Sequence[Piece]) -> dict[str, Any]:
         logprobs = self.logprobs(index, pieces) if self.has_logprobs else None

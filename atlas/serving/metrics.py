@@ -25,6 +25,9 @@ class Metrics:
         atlas: dict[str, Any] = {"namespace": "atlas", "registry": self._registry}
         self._requests = Counter("requests", "Requests answered.", ["route", "status"], **atlas)
         self._prompt_tokens = Counter("prompt_tokens", "Tokens of prompts.", ["model"], **atlas)
+        self._reused = Counter(
+            "reused_tokens", "Tokens of prompts known from earlier texts.", ["model"], **atlas
+        )
         self.tokens = Counter("completion_tokens", "Tokens generated.", ["model"], **atlas)
         about = "Seconds from a request's acceptance to its first token."
         self._first = Histogram("time_to_first_token_seconds", about, ["model"], buckets=_SECONDS, **atlas)
@@ -37,6 +40,7 @@ class Metrics:
         """Record the metrics of a request at its end, including failed and cancelled requests."""
         model = request.backend.id
         self._prompt_tokens.labels(model).inc(request.num_prompt_tokens)
+        self._reused.labels(model).inc(request.num_reused)
         if request.seconds_to_first is not None:
             self._first.labels(model).observe(request.seconds_to_first)
 

@@ -88,7 +88,7 @@ def test_sequences_may_leave_and_join(recording: list[int]) -> None:
     for change in (
         lambda cache: None,
         lambda cache: cache.remove(0),
-        lambda cache: cache.append(_one_more(model)),
+        lambda cache: _add_one(model, cache),
         lambda cache: cache.truncate([2] * len(cache.lengths)),  # after a full context
     ):
         for cache in caches:
@@ -100,10 +100,10 @@ def test_sequences_may_leave_and_join(recording: list[int]) -> None:
     assert {rows for rows, _ in decoders[0]._graphs} == {2, 3}
 
 
-def _one_more(model: AtlasLM) -> KVCache:
-    cache = KVCache(model.config, 1, max_len=6)
-    model(torch.arange(6)[None], cache)
-    return cache
+def _add_one(model: AtlasLM, cache: KVCache) -> None:
+    row = cache.free_rows([0])
+    model(torch.arange(6)[None], row)
+    cache.truncate([*cache.row_lengths, *row.row_lengths])
 
 
 @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(), Sampling(repetition_penalty=1.3)])

@@ -373,7 +373,7 @@ def test_the_model_reads_the_functions_earlier_calls_and_results(
     _, told = post(address, {**body, "tools": TOOLS}, CHAT)
     _, none = post(address, {**body, "tools": TOOLS, "tool_choice": "none"}, CHAT)
     assert told["usage"]["prompt_tokens"] > answer["usage"]["prompt_tokens"] + 100
-    assert none["usage"] == answer["usage"]
+    assert none["usage"]["prompt_tokens"] == answer["usage"]["prompt_tokens"]
 
 
 def test_a_template_that_knows_functions_describes_them() -> None:

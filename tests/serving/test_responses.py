@@ -130,7 +130,8 @@ def test_a_stream_adds_up_to_the_complete_answer(client: openai.OpenAI, model: s
         == whole.output_text
     )
     assert last.output_text == whole.output_text
-    assert last.usage == whole.usage
+    assert last.usage.input_tokens == whole.usage.input_tokens
+    assert last.usage.total_tokens == whole.usage.total_tokens
 
 
 def test_log_probabilities_are_those_of_a_chat_completion(client: openai.OpenAI, address: str) -> None:

@@ -7,12 +7,19 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 
+class PromptDetails(BaseModel):
+    """The number of tokens of the prompt that were known from earlier requests."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     """Token counts."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
 
 
 class _Response(BaseModel):
@@ -156,12 +163,6 @@ class OutputCall(BaseModel):
     arguments: str
 
 
-class InputDetails(BaseModel):
-    """The number of tokens of the prompt that were read before this request."""
-
-    cached_tokens: int
-
-
 class OutputDetails(BaseModel):
     """The number of tokens of reasoning, which is 0."""
 
@@ -172,7 +173,7 @@ class ResponseUsage(BaseModel):
     """Token counts of a response."""
 
     input_tokens: int
-    input_tokens_details: InputDetails
+    input_tokens_details: PromptDetails
     output_tokens: int
     output_tokens_details: OutputDetails
     total_tokens: int

@@ -28,6 +28,7 @@ from atlas.inference.text import TextStream, encode_prompt
 from atlas.model import AtlasLM, long_tensor
 from atlas.serving.backends.generation import Backend, Busy, Candidate, Generation, Piece, failure
 from atlas.serving.backends.grammar import Grammar, Vocabulary, allowed_tokens
+from atlas.serving.backends.prefixes import Beginning, PrefixCache
 from atlas.tokenizer.chat import Message, encode_chat, encode_with_special
 
 PREFILL_TOKENS = 1024
@@ -41,8 +42,11 @@ of the vocabulary."""
 class Engine(Backend):
     """A model and the thread that generates text with the model."""
 
-    def __init__(self, loaded: LoadedModel, id: str, *, parallel: int, queue: int) -> None:
-        """Allow `parallel` sequences in the batch and `queue` more sequences in the queue."""
+    def __init__(
+        self, loaded: LoadedModel, id: str, *, parallel: int, queue: int, prefix_tokens: int | None = None
+    ) -> None:
+        """Allow `parallel` sequences in the batch and `queue` more sequences in the queue. Keep the keys and values of
+        `prefix_tokens` tokens of finished texts; None: of as many tokens as the batch can have."""
         context, vocab_size = loaded.config.model.max_seq_len, loaded.tokenizer.vocab_size
         super().__init__(id, context=context, vocab_size=vocab_size, parallel=parallel, queue=queue)
         self.loaded = loaded
@@ -58,6 +62,7 @@ class Engine(Backend):
         self._cache = empty_cache(loaded.model, parallel)
         self._cache.truncate([])
         self._decoder = Decoder(loaded.model, self._cache)
+        self._prefixes = PrefixCache(parallel * context if prefix_tokens is None else prefix_tokens)
         self._thread = threading.Thread(target=self._run, name="atlas-engine", daemon=True)
 
     def start(self) -> None:
@@ -152,6 +157,7 @@ class Engine(Backend):
                 traceback.print_exc(file=sys.stderr)
                 self._outbox += [(each.generation, failure("error")) for each in self._running]
                 self._running = []
+                self._prefixes = PrefixCache(self._prefixes.most_tokens)
                 self._cache.clear()
                 self._cache.truncate([])
             if self._outbox:
@@ -163,7 +169,7 @@ class Engine(Backend):
         batch."""
         for each in list(self._running):
             if each.generation.cancelled:
-                self._remove(each)
+                self._end(each)
             elif each.cached == self._cache.max_len:
                 # The sequence's window is full. As in `generate`, the newest half of the window is prefilled again,
                 # ahead of waiting sequences.
@@ -175,14 +181,48 @@ class Engine(Backend):
             newest = [each.tokens[-1] for each in self._running]
             self._sample(self._running, self._decoder.next_logits(newest))
         if joining := self._next_waiting(self.parallel - len(self._running)):
-            self._running += joining  # from here on, an error also ends the joining sequences
-            windows = [each.tokens[each.start :] for each in joining]
-            cache = empty_cache(self.loaded.model, len(joining), max_len=max(map(len, windows)))
-            states = prefill_states(self.loaded.model, windows, cache)
-            self._cache.append(cache)
-            for each, row in zip(joining, states, strict=True):
-                each.score_prompt(self.loaded.model, row)
-            self._sample(joining, last_logits(self.loaded.model, states, windows))
+            self._join(joining)
+
+    def _join(self, joining: list[_Sequence]) -> None:
+        """Prefill sequences, add them to the batch, and sample the first token of each. A sequence whose beginning is
+        known is prefilled only from where it differs."""
+        known = {
+            each: beginning for each in joining if (beginning := self._known_beginning(each)) is not None
+        }
+        for each, beginning in known.items():
+            each.generation.num_reused = beginning.num_tokens
+        groups = [[each for each in joining if each not in known], list(known)]
+        starts = [beginning.num_tokens for beginning in known.values()]
+        rests = [len(each.window) - start for each, start in zip(known, starts, strict=True)]
+        if known and max(starts) + max(rests) > self.context:
+            groups[1:] = [[each] for each in known]  # with padding, a position would lie beyond the context
+        groups = [group for group in groups if group]
+        joining = [each for group in groups for each in group]
+        self._running += joining  # from here on, an error also ends the joining sequences
+        self._sample(joining, torch.cat([self._prefill(group, known) for group in groups]))
+
+    def _known_beginning(self, sequence: _Sequence) -> Beginning | None:
+        if (
+            sequence.start > 0 or sequence.generation.scores_prompt
+        ):  # scores need the hidden states of every position
+            return None
+        return self._prefixes.find(sequence.window)
+
+    def _prefill(self, group: list[_Sequence], known: Mapping[_Sequence, Beginning]) -> Tensor:
+        """Prefill sequences in one forward pass, in the next rows of the cache. `known` are the known beginnings of all
+        of them, or of none. Return the logits (B, V) of their next tokens."""
+        starts = [known[each].num_tokens if each in known else 0 for each in group]
+        rows = self._cache.free_rows(starts)
+        for row, (each, start) in enumerate(zip(group, starts, strict=True)):
+            if start:
+                rows.keys[:, row, :, :start] = known[each].keys
+                rows.values[:, row, :, :start] = known[each].values
+        rests = [each.window[start:] for each, start in zip(group, starts, strict=True)]
+        states = prefill_states(self.loaded.model, rests, rows)
+        self._cache.truncate([*self._cache.row_lengths, *rows.row_lengths])
+        for each, row_states in zip(group, states, strict=True):
+            each.score_prompt(self.loaded.model, row_states)
+        return last_logits(self.loaded.model, states, rests)
 
     def _next_waiting(self, free: int) -> list[_Sequence]:
         """Remove sequences from the front of the queue and return them: at most `free` sequences, which together have
@@ -231,8 +271,17 @@ class Engine(Backend):
                 print(f"{self.id}: a generation ended because its logits were not finite", file=sys.stderr)
                 piece = failure("error")
             self._outbox.append((each.generation, piece))
-            if piece.finish:
+            if piece.finish == "error":
                 self._remove(each)
+            elif piece.finish:
+                self._end(each)
+
+    def _end(self, sequence: _Sequence) -> None:
+        """Keep the keys and values of the sequence for later ones, and remove it."""
+        if sequence.start == 0:
+            known = sequence.window[: sequence.cached]
+            self._prefixes.keep(known, self._cache, self._running.index(sequence))
+        self._remove(sequence)
 
     def _remove(self, sequence: _Sequence) -> None:
         """Remove the sequence from the batch and from the cache. In both, the last row moves into the free row."""
@@ -260,6 +309,11 @@ class _Sequence:
     def slide(self, context: int) -> None:
         """Set `start`, the index of the first token in the model's window."""
         self.start = window_start(len(self.generation.prompt), len(self.tokens), context)
+
+    @property
+    def window(self) -> list[int]:
+        """The tokens in the model's window."""
+        return self.tokens[self.start :]
 
     @property
     def cached(self) -> int:

@@ -64,6 +64,9 @@ class Generation:
     """Whether the first piece has the log-probabilities of the prompt's tokens."""
     constraint: Any = None
     """The grammar that the text follows, as `Backend.constrain` returned it; None: any text."""
+    num_reused: int = 0
+    """The number of the prompt's tokens that were known from earlier texts. The backend sets it before the last
+    piece."""
     index: int = 0
     """The position of this generation in its request."""
     queue: asyncio.Queue[tuple[int, Piece]] | None = None
@@ -217,6 +220,11 @@ class GenerationRequest:
     def num_prompt_tokens(self) -> int:
         """The number of tokens in all prompts. A prompt with several generations counts once."""
         return sum(map(len, {id(each.prompt): each.prompt for each in self.generations}.values()))
+
+    @property
+    def num_reused(self) -> int:
+        """The number of tokens in all prompts that were known from earlier texts."""
+        return sum({id(each.prompt): each.num_reused for each in self.generations}.values())
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """Yield (index of the generation, piece) until all generations have ended. Raises `ApiError` if a generation

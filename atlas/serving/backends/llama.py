@@ -220,6 +220,7 @@ class Llama(Backend):
                     has_ended |= event.get("stop_type") == "eos" or self._eos_id in event["tokens"]
                     event["tokens"] = [token for token in event["tokens"] if token != self._eos_id]
                     total = event["tokens_predicted"] - has_ended
+                    generation.num_reused = event.get("timings", {}).get("cache_n", generation.num_reused)
                     yield _piece_of(event, generation.num_candidates, num_tokens=total - reported)
                     reported = total
 

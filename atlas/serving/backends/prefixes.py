@@ -1,0 +1,75 @@
+"""The keys and values of finished texts, so that a text with the same beginning is read only from where it differs.
+
+The next turn of a conversation begins with all of the earlier turns, and requests of one program often begin with the
+same instructions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from atlas.model import KVCache
+
+LEAST_REUSED = 32
+"""The number of tokens below which a common beginning is not worth a prefill of its own."""
+_Ids = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Beginning(NamedTuple):
+    """The keys and values of the first tokens of a text, each (num_layers, num_kv_heads, num_tokens, head_dim)."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of tokens."""
+        return self.keys.shape[2]
+
+
+class PrefixCache:
+    """The keys and values of at most `most_tokens` tokens, of the texts that were used last."""
+
+    def __init__(self, most_tokens: int) -> None:
+        self.most_tokens = most_tokens
+        self._kept: list[tuple[_Ids, Beginning]] = []
+        """The texts, the one that was used last at the end."""
+
+    def keep(self, ids: Sequence[int], cache: KVCache, row: int) -> None:
+        """Copy the keys and values of `ids`, which are the first tokens in this row of `cache`."""
+        if not LEAST_REUSED <= len(ids) <= self.most_tokens:
+            return
+        new = np.array(ids, dtype=np.int64)
+        for place, (known, _) in enumerate(self._kept):
+            if _num_common(known, new) == len(new):  # a known text begins with the new one
+                self._kept.append(self._kept.pop(place))
+                return
+        kept = [each for each in self._kept if _num_common(each[0], new) < len(each[0])]
+        num_tokens = len(new) + sum(len(known) for known, _ in kept)
+        while num_tokens > self.most_tokens:
+            num_tokens -= len(kept.pop(0)[0])
+        self._kept = kept  # frees memory before the copy needs it
+        keys, values = (part[:, row, :, : len(new)].clone() for part in (cache.keys, cache.values))
+        self._kept.append((new, Beginning(keys, values)))
+
+    def find(self, ids: Sequence[int]) -> Beginning | None:
+        """Return the keys and values of as many of the first `ids` as are known, but not of the last one. Return None
+        if fewer than `LEAST_REUSED` are known."""
+        wanted = np.array(ids, dtype=np.int64)
+        common = [_num_common(known, wanted[:-1]) for known, _ in self._kept]
+        longest = max(common, default=0)
+        if longest < LEAST_REUSED:
+            return None
+        self._kept.append(self._kept.pop(common.index(longest)))
+        return Beginning(*(part[:, :, :longest] for part in self._kept[-1][1]))
+
+
+def _num_common(one: _Ids, other: _Ids) -> int:
+    """The number of ids with which both texts begin."""
+    length = min(len(one), len(other))
+    differs = one[:length] != other[:length]
+    return int(differs.argmax()) if differs.any() else length
