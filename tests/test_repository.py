@@ -78,7 +78,7 @@ INSIDE = {
     "import_first_version score < huggingface import_gguf import_hf verify < peft",
     "reporting": "curves dataset_statistics targets < dataset_figure runs < figure report",
     "serving.api": "errors fields shapes < body < formats < requests < items texts",
-    "serving.backends": "grammar prefixes < generation < engine llama",
+    "serving.backends": "drafts grammar prefixes < generation < llama sequence_state < engine",
     "serving": "files limits metrics runs server stream tools < answers dispatcher grammars prompts < "
     "openai pages responses texts < app",
     "cli": "choose_text doctor_facts old_flags options plan_report < terminal < choose_preset "

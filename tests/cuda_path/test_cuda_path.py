@@ -91,7 +91,7 @@ WAITS: dict[str, dict[str, int]] = {
         NUMBERS: 2,
         GRAPH: 1,
         "WAIT engine._sample": 1,
-        "WAIT engine._top_logprobs": 3,
+        "WAIT sequence_state.top_logprobs": 3,
     },
     "server, joining and leaving": {TO_DEVICE: 9, NUMBERS: 3, GRAPH: 2, "WAIT engine._sample": 3},
     "look": {},

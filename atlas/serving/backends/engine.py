@@ -12,7 +12,6 @@ import threading
 import traceback
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,38 +20,45 @@ from torch import Tensor
 
 from atlas.errors import AtlasError
 from atlas.inference.decoder import Decoder
-from atlas.inference.generate import empty_cache, last_logits, prefill_states, window_start
+from atlas.inference.generate import empty_cache, last_logits, prefill_states
 from atlas.inference.load import LoadedModel
-from atlas.inference.sampling import BAN, Sampling, sample
-from atlas.inference.text import TextStream, encode_prompt
-from atlas.model import AtlasLM, long_tensor
-from atlas.serving.backends.generation import Backend, Busy, Candidate, Generation, Piece, failure
+from atlas.inference.sampling import Sampling, sample
+from atlas.inference.text import encode_prompt
+from atlas.model import long_tensor
+from atlas.serving.backends.drafts import Drafts
+from atlas.serving.backends.generation import Backend, Busy, Generation, Piece, failure
 from atlas.serving.backends.grammar import Grammar, Vocabulary, allowed_tokens
 from atlas.serving.backends.prefixes import Beginning, PrefixCache
+from atlas.serving.backends.sequence_state import SequenceState, top_logprobs
 from atlas.tokenizer.chat import Message, encode_chat, encode_with_special
 
 PREFILL_TOKENS = 1024
 """The largest number of prompt positions in one prefill, padding included. Only a single prompt may have more. Running
 sequences wait during a prefill."""
-_SCORED_AT_ONCE = 128
-"""The number of positions of a prompt whose logits are computed in one chunk, since a position needs 4 bytes per token
-of the vocabulary."""
 
 
 class Engine(Backend):
     """A model and the thread that generates text with the model."""
 
     def __init__(
-        self, loaded: LoadedModel, id: str, *, parallel: int, queue: int, prefix_tokens: int | None = None
+        self,
+        loaded: LoadedModel,
+        id: str,
+        *,
+        parallel: int,
+        queue: int,
+        prefix_tokens: int | None = None,
+        draft_tokens: int = 16,
     ) -> None:
         """Allow `parallel` sequences in the batch and `queue` more sequences in the queue. Keep the keys and values of
-        `prefix_tokens` tokens of finished texts; None: of as many tokens as the batch can have."""
+        `prefix_tokens` tokens of finished texts; None: of as many tokens as the batch can have. On a CPU, a single
+        sequence is generated with drafts of at most `draft_tokens` tokens."""
         context, vocab_size = loaded.config.model.max_seq_len, loaded.tokenizer.vocab_size
         super().__init__(id, context=context, vocab_size=vocab_size, parallel=parallel, queue=queue)
         self.loaded = loaded
         self.longest_token = loaded.tokenizer.longest_token
-        self._waiting: deque[_Sequence] = deque()
-        self._running: list[_Sequence] = []
+        self._waiting: deque[SequenceState] = deque()
+        self._running: list[SequenceState] = []
         """The sequences in the batch, in the order of the cache's rows."""
         self._outbox: list[tuple[Generation, Piece]] = []
         self._wake = threading.Condition()
@@ -62,6 +68,8 @@ class Engine(Backend):
         self._cache = empty_cache(loaded.model, parallel)
         self._cache.truncate([])
         self._decoder = Decoder(loaded.model, self._cache)
+        # On a GPU, the CUDA graphs of `Decoder` are for one token per sequence.
+        self._draft_tokens = 0 if self._cache.keys.is_cuda else draft_tokens
         self._prefixes = PrefixCache(parallel * context if prefix_tokens is None else prefix_tokens)
         self._thread = threading.Thread(target=self._run, name="atlas-engine", daemon=True)
 
@@ -128,7 +136,7 @@ class Engine(Backend):
             self._waiting = deque(each for each in self._waiting if not each.generation.cancelled)
             if len(self._waiting) + len(self._running) + len(generations) > self.capacity:
                 raise Busy
-            self._waiting.extend(_Sequence(generation, self.loaded) for generation in generations)
+            self._waiting.extend(SequenceState(generation, self.loaded) for generation in generations)
             self._wake.notify()
 
     def close(self) -> None:
@@ -177,13 +185,41 @@ class Engine(Backend):
                 each.slide(self.context)
                 with self._wake:
                     self._waiting.appendleft(each)
-        if self._running:
+        draft = self._draft(self._running[0]) if len(self._running) == 1 else []
+        if draft:
+            self._check(self._running[0], draft)
+        elif self._running:
             newest = [each.tokens[-1] for each in self._running]
             self._sample(self._running, self._decoder.next_logits(newest))
         if joining := self._next_waiting(self.parallel - len(self._running)):
             self._join(joining)
 
-    def _join(self, joining: list[_Sequence]) -> None:
+    def _draft(self, sequence: SequenceState) -> list[int]:
+        """Return the tokens that the sequence may have next, as far as its window and its limit allow."""
+        left = sequence.generation.max_tokens - sequence.num_new - 1
+        most = min(self._draft_tokens, left, self._cache.max_len - sequence.cached - 1)
+        if most <= 0:
+            return []
+        sequence.drafts = sequence.drafts or Drafts(self._draft_tokens)
+        return sequence.drafts.propose(sequence.tokens, most)
+
+    def _check(self, sequence: SequenceState, draft: list[int]) -> None:
+        """Compute the logits after the sequence and after each token of `draft` in one pass, and sample until the
+        sequence differs from the draft."""
+        tokens = long_tensor([[sequence.tokens[-1], *draft]], self._cache.keys.device)
+        num_right = 0
+        for logits, expected in zip(self.loaded.model(tokens, self._cache)[0], [*draft, None], strict=True):
+            self._sample([sequence], logits[None])
+            if not self._running:
+                return  # the sequence has ended
+            if sequence.tokens[-1] != expected:
+                break
+            num_right += 1
+        self._cache.truncate([sequence.cached])
+        if sequence.drafts is not None:
+            sequence.drafts.judge(num_right, len(draft))
+
+    def _join(self, joining: list[SequenceState]) -> None:
         """Prefill sequences, add them to the batch, and sample the first token of each. A sequence whose beginning is
         known is prefilled only from where it differs."""
         known = {
@@ -201,14 +237,14 @@ class Engine(Backend):
         self._running += joining  # from here on, an error also ends the joining sequences
         self._sample(joining, torch.cat([self._prefill(group, known) for group in groups]))
 
-    def _known_beginning(self, sequence: _Sequence) -> Beginning | None:
+    def _known_beginning(self, sequence: SequenceState) -> Beginning | None:
         if (
             sequence.start > 0 or sequence.generation.scores_prompt
         ):  # scores need the hidden states of every position
             return None
         return self._prefixes.find(sequence.window)
 
-    def _prefill(self, group: list[_Sequence], known: Mapping[_Sequence, Beginning]) -> Tensor:
+    def _prefill(self, group: list[SequenceState], known: Mapping[SequenceState, Beginning]) -> Tensor:
         """Prefill sequences in one forward pass, in the next rows of the cache. `known` are the known beginnings of all
         of them, or of none. Return the logits (B, V) of their next tokens."""
         starts = [known[each].num_tokens if each in known else 0 for each in group]
@@ -224,10 +260,10 @@ class Engine(Backend):
             each.score_prompt(self.loaded.model, row_states)
         return last_logits(self.loaded.model, states, rests)
 
-    def _next_waiting(self, free: int) -> list[_Sequence]:
+    def _next_waiting(self, free: int) -> list[SequenceState]:
         """Remove sequences from the front of the queue and return them: at most `free` sequences, which together have
         at most `PREFILL_TOKENS` padded positions. A single sequence may have more."""
-        joining: list[_Sequence] = []
+        joining: list[SequenceState] = []
         with self._wake:
             while self._waiting and len(joining) < free:
                 longest = max(each.cached + 1 for each in [*joining, self._waiting[0]])
@@ -238,7 +274,7 @@ class Engine(Backend):
                     joining.append(each)
         return joining
 
-    def _sample(self, sequences: list[_Sequence], logits: Tensor) -> None:
+    def _sample(self, sequences: list[SequenceState], logits: Tensor) -> None:
         """Sample the next token of each sequence from its row of `logits` (B, V), and remove the sequences that end."""
         groups: dict[Sampling, list[int]] = defaultdict(list)
         for row, each in enumerate(sequences):
@@ -252,14 +288,14 @@ class Engine(Backend):
             allowed = allowed_tokens(matchers, part.shape[-1], part.device) if any(matchers) else None
             parts.append(sample(part, sampling, seen, generators, allowed))
             order += rows
-        # Here, and in `_top_logprobs`, the CPU waits for the GPU.
+        # Here, and in `top_logprobs`, the CPU waits for the GPU.
         tokens: dict[int, int] = dict(zip(order, torch.cat(parts).tolist(), strict=True))
         wanted = {
             row: each.generation.num_candidates
             for row, each in enumerate(sequences)
             if each.generation.num_candidates is not None and tokens[row] >= 0
         }
-        candidates = _top_logprobs(logits, tokens, wanted) if wanted else {}
+        candidates = top_logprobs(logits, tokens, wanted) if wanted else {}
         for row, each in enumerate(list(sequences)):
             if tokens[row] >= 0:
                 piece = each.add(tokens[row], candidates.get(row, []))
@@ -276,107 +312,16 @@ class Engine(Backend):
             elif piece.finish:
                 self._end(each)
 
-    def _end(self, sequence: _Sequence) -> None:
+    def _end(self, sequence: SequenceState) -> None:
         """Keep the keys and values of the sequence for later ones, and remove it."""
         if sequence.start == 0:
             known = sequence.window[: sequence.cached]
             self._prefixes.keep(known, self._cache, self._running.index(sequence))
         self._remove(sequence)
 
-    def _remove(self, sequence: _Sequence) -> None:
+    def _remove(self, sequence: SequenceState) -> None:
         """Remove the sequence from the batch and from the cache. In both, the last row moves into the free row."""
         row = self._running.index(sequence)
         self._cache.remove(row)
         self._running[row] = self._running[-1]
         del self._running[-1]
-
-
-class _Sequence:
-    """A waiting or running generation, with its tokens, its window and its random generator."""
-
-    def __init__(self, generation: Generation, loaded: LoadedModel) -> None:
-        self.generation = generation
-        self.tokens = list(generation.prompt)
-        self.slide(loaded.config.model.max_seq_len)
-        self.generator = torch.Generator().manual_seed(generation.seed)
-        self._stream = TextStream(loaded.tokenizer, generation.stop)
-        self._stop_ids = loaded.tokenizer.stop_ids
-        self._prompt: list[list[Candidate]] = []
-        self.matcher: LLMatcher | None = generation.constraint.deep_copy() if generation.constraint else None
-        bans = tuple((id, BAN) for id in sorted(self._stop_ids))
-        self._endless = replace(generation.sampling, logit_bias=generation.sampling.logit_bias + bans)
-
-    def slide(self, context: int) -> None:
-        """Set `start`, the index of the first token in the model's window."""
-        self.start = window_start(len(self.generation.prompt), len(self.tokens), context)
-
-    @property
-    def window(self) -> list[int]:
-        """The tokens in the model's window."""
-        return self.tokens[self.start :]
-
-    @property
-    def cached(self) -> int:
-        """The number of tokens in the cache: all tokens of the window except the newest."""
-        return len(self.tokens) - self.start - 1
-
-    @property
-    def num_new(self) -> int:
-        """The number of tokens after the prompt."""
-        return len(self.tokens) - len(self.generation.prompt)
-
-    @property
-    def sampling(self) -> Sampling:
-        """The settings for the next token."""
-        must_continue = self.generation.ignore_eos or self.num_new < self.generation.min_tokens
-        return self._endless if must_continue else self.generation.sampling
-
-    def score_prompt(self, model: AtlasLM, states: Tensor) -> None:
-        """If the client requested it, compute the log-probabilities of the prompt from `states` (T, C), the final
-        hidden states."""
-        wanted = self.generation.num_candidates
-        if self.generation.scores_prompt and wanted is not None and self.num_new == 0:
-            ids = self.tokens[1:]
-            for start in range(0, len(ids), _SCORED_AT_ONCE):
-                tokens = dict(enumerate(ids[start : start + _SCORED_AT_ONCE]))
-                logits = model.head(states[start : start + len(tokens)])
-                candidates = _top_logprobs(logits, tokens, dict.fromkeys(tokens, wanted))
-                self._prompt += candidates.values()
-
-    def add(self, token: int, candidates: list[Candidate]) -> Piece:
-        """Append a token, and return the piece for this token. If the client requested `candidates`, the first
-        candidate is the token."""
-        generation, prompt, self._prompt = self.generation, self._prompt, []
-        if generation.max_tokens == 0:
-            return Piece("", finish="length", num_tokens=0, prompt=prompt)
-        if self.matcher is not None and self.matcher.is_error():  # the choice of the token had no mask
-            return failure("too complex")
-        if token in self._stop_ids:
-            shown = candidates if generation.scores_prompt else ()
-            return Piece(self._stream.finish(), shown, finish="stop", num_tokens=0, prompt=prompt)
-        self.tokens.append(token)
-        text, finish = self._stream.add(token), None
-        if self._stream.stopped:
-            finish = "stop"
-        elif self.matcher is not None and not self.matcher.consume_token(token):
-            return failure("too complex")
-        elif self.matcher is not None and self.matcher.is_stopped():
-            text, finish = text + self._stream.finish(), "stop"
-        elif self.num_new == generation.max_tokens:
-            text, finish = text + self._stream.finish(), "length"
-        return Piece(text, candidates, finish, prompt=prompt)
-
-
-def _top_logprobs(
-    logits: Tensor, tokens: dict[int, int], wanted: dict[int, int]
-) -> dict[int, list[Candidate]]:
-    """Return, for each row in `wanted`, the candidates: the row's token in `tokens`, then the `wanted[row]` likeliest
-    tokens."""
-    logprobs = logits[long_tensor(list(wanted), logits.device)].float().log_softmax(dim=-1)
-    own = logprobs.gather(-1, long_tensor([[tokens[row]] for row in wanted], logits.device))
-    top = logprobs.topk(min(max(wanted.values()), logprobs.shape[-1]), dim=-1)
-    columns = zip(wanted, own.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
-    return {
-        row: [Candidate(tokens[row], logprob), *map(Candidate, ids[: wanted[row]], values)]
-        for row, [logprob], ids, values in columns
-    }
