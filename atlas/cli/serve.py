@@ -7,6 +7,7 @@ import re
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
 
 import typer
 
@@ -72,7 +73,8 @@ def serve(
         int | None,
         typer.Option(
             help="Tokens of finished texts whose keys and values are kept, so that a text with the same beginning is "
-            "read only from where it differs. Default: as many as the parallel sequences may have; 0: none.",
+            "read only from where it differs. Default: as many as the parallel sequences may have, in 1/4 of the free "
+            "memory; 0: none.",
             min=0,
         ),
     ] = None,
@@ -146,10 +148,22 @@ def serve(
 
 
 def _origin(text: str) -> str:
-    """Return an origin as a browser sends it: in lower case, without a slash at the end."""
-    origin = text.strip().rstrip("/").lower()
-    if origin in ("*", "null") or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@*]+", origin):
+    """Return an origin as a browser sends it: in lower case and ASCII, without a slash at the end, and without the
+    default port."""
+    origin = text.strip()
+    if origin in ("*", "null"):
         return origin
+    try:
+        parts = urlsplit(origin)
+        host, port = (parts.hostname or "").encode("idna").decode(), parts.port
+        if ":" in host:
+            host = f"[{host}]"
+        is_origin = parts.scheme and re.fullmatch(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]", host)
+        if is_origin and not (parts.path.strip("/") or parts.query or parts.fragment or "@" in parts.netloc):
+            is_default = port in (None, {"http": 80, "https": 443}.get(parts.scheme))
+            return f"{parts.scheme}://{host}{'' if is_default else f':{port}'}"
+    except ValueError:  # not a port, or not a name
+        pass
     raise AtlasError(f"--allow-origin {text}: must be an origin such as https://example.com, or *")
 
 
@@ -181,12 +195,22 @@ def _engine(
     device = weights.device.type
     fp32 = estimate_inference_memory(model.config.model, device=device).cache
     per_sequence, free = fp32 * weights.element_size() // 4, measure_memory(device)
+    context = model.config.model.max_seq_len
+    kept = (prefix_tokens or 0) * per_sequence // context
+    if prefix_tokens and (parallel or 1) * per_sequence + kept > free:
+        raise AtlasError(
+            f"--prefix-cache {prefix_tokens}: needs {kept / 1e6:,.1f} MB beside the running texts, and "
+            f"{free / 1e6:,.1f} MB of memory are free: use a smaller --prefix-cache, --parallel or --context"
+        )
     if (parallel or 1) * per_sequence > free:
         raise AtlasError(
             f"--parallel {parallel or 1}: the cache of a sequence needs {per_sequence / 1e6:,.1f} MB, and "
             f"{free / 1e6:,.1f} MB of memory are free: use a smaller --parallel or --context, or serve a smaller model"
         )
     parallel = parallel or max(1, min(_MOST_PARALLEL, int(_CACHE_FRACTION * free) // per_sequence))
+    if prefix_tokens is None:
+        left = max(0, min(_CACHE_FRACTION * free, free - parallel * per_sequence))
+        prefix_tokens = min(parallel * context, int(left) * context // per_sequence)
     if device == "cpu":
         lay_out_for_decoding(model.model)
     step = model.facts.get("step")

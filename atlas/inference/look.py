@@ -134,6 +134,8 @@ def expectations(loaded: LoadedModel, ids: Sequence[int], *, alternatives: int =
     the first token that it predicts.
     """
     predictions: list[TokenPrediction] = []
+    if loaded.config.model.max_seq_len == 1:
+        loaded.batch_of(ids)  # with more than one token, no window has a token and its successor
     for window, known in _windows(ids, loaded.config.model.max_seq_len):
         tokens = loaded.batch_of(window)
         if not predictions:
@@ -154,7 +156,7 @@ def _windows(ids: Sequence[int], context: int) -> Iterator[tuple[Sequence[int], 
     """Yield (window, number of its first tokens that an earlier window predicted, or that have no prediction)."""
     yield ids[:context], 1
     known = max(1, context // 2)
-    for end in range(context, len(ids), context - known):
+    for end in range(context, len(ids), max(1, context - known)):
         yield ids[end - known : end - known + context], known
 
 

@@ -124,6 +124,7 @@ class Dispatcher:
                 ignore_eos=bool(params.ignore_eos),
                 scores_prompt=scores_prompt,
                 constraint=constraint,
+                uses_known=params.uses_known,
             )
             for row, prompt in enumerate(rows)
         ]

@@ -11,20 +11,23 @@ from atlas.serving.backends.grammar import Grammar
 from atlas.serving.tools import call_grammar
 
 
-def constraint_of(body: CompletionRequest | ChatRequest, backend: Backend) -> Any:
-    """Return the grammar of the texts, as `Backend.constrain` returns it; None: any text."""
+def constraint_of(
+    body: CompletionRequest | ChatRequest, backend: Backend, *, field: str = "response_format"
+) -> Any:
+    """Return the grammar of the texts, as `Backend.constrain` returns it; None: any text. `field` is the field with the
+    format, which an error names."""
     try:
-        grammar = _grammar(body)
+        grammar = _grammar(body, field)
         return None if grammar is None else backend.constrain(grammar)
     except RecursionError:
         raise ApiError(400, "the schema is nested too deeply: use references") from None
 
 
-def _grammar(body: CompletionRequest | ChatRequest) -> Grammar | None:
+def _grammar(body: CompletionRequest | ChatRequest, field: str) -> Grammar | None:
     form, schema = body.response_format, body.json_schema or None
     formats = [Grammar(schema, "json_schema")] if schema else []
     if form is not None and form.schema_of_text is not None:
-        formats.append(Grammar(form.schema_of_text, "response_format", is_strict=form.is_strict))
+        formats.append(Grammar(form.schema_of_text, field, is_strict=form.is_strict))
     if len(formats) > 1:
         raise ApiError(400, "json_schema: not together with response_format", param="json_schema")
     answer = formats[0] if formats else None

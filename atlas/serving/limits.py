@@ -79,6 +79,8 @@ def _body_error(body: bytes, size: int, most_numbers: int) -> ApiError | None:
     outside = b"".join(unescaped.split(b'"', 2 * MOST_PARTS)[::2])
     if num_strings + outside.count(b"{") + outside.count(b"[") > MOST_PARTS:
         return ApiError(400, f"the body has more than {MOST_PARTS:,} strings, objects and lists: send fewer")
+    if b"NaN" in outside or b"Infinity" in outside:  # Python's parser would take them
+        return ApiError(400, "the body is not JSON: it has NaN or Infinity")
     if outside.count(b",") > most_numbers + MOST_PARTS:
         return ApiError(400, f"the body has more than {most_numbers:,} numbers: send fewer token ids")
     return None
@@ -117,7 +119,8 @@ def _auth_error(
         # The comparison takes constant time, so that the time does not reveal how many characters of a guess are right.
         if any(hmac.compare_digest(each.strip().encode(), api_key.encode()) for each in keys):
             return None
-        message = "Incorrect API key provided: send Authorization: Bearer KEY, api-key: KEY or x-api-key: KEY"
+        which = "Incorrect API key" if any(keys) else "No API key"
+        message = f"{which} provided: send Authorization: Bearer KEY, api-key: KEY or x-api-key: KEY"
         return ApiError(401, message, code="invalid_api_key")
     # With DNS rebinding, a page of another site can make a browser send requests to a loopback address. `Host` then
     # contains the host name of that site.

@@ -39,10 +39,14 @@ class Metrics:
     def count_request(self, request: GenerationRequest) -> None:
         """Record the metrics of a request at its end, including failed and cancelled requests."""
         model = request.backend.id
-        self._prompt_tokens.labels(model).inc(request.num_prompt_tokens)
+        self.count_prompt(model, request.num_prompt_tokens)
         self._reused.labels(model).inc(request.num_reused)
         if request.seconds_to_first is not None:
             self._first.labels(model).observe(request.seconds_to_first)
+
+    def count_prompt(self, model: str, num_tokens: int) -> None:
+        """Record that a model read this number of tokens."""
+        self._prompt_tokens.labels(model).inc(num_tokens)
 
     def middleware(self, app: ASGIApp) -> ASGIApp:
         """Add ASGI middleware that counts requests by route and status. All unknown paths count as `other`, since each

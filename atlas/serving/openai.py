@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from atlas.serving.answers import Answer
 from atlas.serving.api.errors import ApiError
@@ -16,7 +16,7 @@ from atlas.serving.backends.generation import Backend
 from atlas.serving.dispatcher import Dispatcher
 from atlas.serving.grammars import constraint_of
 from atlas.serving.prompts import each_prompt, encode_conversation, encode_prompts, text_of
-from atlas.serving.stream import OR_STREAM, EventStream, until_disconnect
+from atlas.serving.stream import OR_STREAM, EventStream, Json, until_disconnect
 
 _DEFAULT_TOKENS = 16
 """The default of `max_tokens` for completions in OpenAI's API."""
@@ -96,7 +96,7 @@ async def _respond(
     finally:
         dispatcher.close(answer.request)
     # `content` is None only after a disconnect, when no client reads the response.
-    return JSONResponse(content or {}, headers=headers)
+    return Json(content or {}, headers=headers)
 
 
 def _info(backend: Backend) -> dict[str, Any]:

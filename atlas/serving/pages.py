@@ -42,6 +42,9 @@ MOST_KNOWN = 32_768
 """The largest number of known tokens that a page may continue, unless the context is longer. The response describes
 each token, in about a kilobyte of memory."""
 
+MOST_READ = 8192
+"""The largest number of tokens of a text that a page measures, unless the context is longer."""
+
 T = TypeVar("T")
 Prompt = str | TokenIds
 InTurn = Callable[..., Awaitable[Any]]
@@ -117,7 +120,7 @@ def page_routes(dispatcher: Dispatcher) -> APIRouter:
         """Return the loss of a text, and its tokens with the model's predictions."""
         engine = _engine(dispatcher.model(body.model))
         ids = await asyncio.to_thread(encode_prompt, body.prompt, engine.loaded.tokenizer)
-        _check_number(ids, engine)
+        _check_number(ids, engine, MOST_READ)
         reading = in_turn(_read_text, engine, ids, body.alternatives)
         return await until_disconnect(request.receive, reading)
 
@@ -153,7 +156,7 @@ def _add_generation(router: APIRouter, dispatcher: Dispatcher, in_turn: InTurn) 
         backend = dispatcher.model(body.model)
         ids = await _ids(backend, body.prompt)
         is_known = not isinstance(body.prompt, str)
-        _check_number(ids, backend)
+        _check_number(ids, backend, MOST_KNOWN)
         may_exceed = is_known and isinstance(backend, Engine)
         generations = dispatcher.submit(
             backend, [ids], body, max_tokens=body.limit, candidates=body.alternatives, may_exceed=may_exceed
@@ -181,8 +184,8 @@ def _engine(backend: Backend) -> Engine:
     return backend
 
 
-def _check_number(ids: list[int], backend: Backend) -> None:
-    if len(ids) > (most := max(backend.context, MOST_KNOWN)):
+def _check_number(ids: list[int], backend: Backend, most: int) -> None:
+    if len(ids) > (most := max(backend.context, most)):
         rule = f"at most {most:,} tokens, not {len(ids):,}: use a shorter text"
         raise ApiError(400, f"prompt: {rule}", param="prompt")
 
@@ -204,6 +207,8 @@ def _read_text(engine: Engine, ids: list[int], alternatives: int) -> dict[str, A
     loss, shown = look.loss_of(engine.loaded, predictions), _Shown(engine)
     names = ("tokens", "loss", "perplexity", "bits_per_byte")
     values = {name: getattr(loss, name) for name in names} if loss else {}
+    if any(map(math.isnan, values.values())):
+        raise ApiError(500, f"{engine.id}: the loss of this text is not a number: the weights are damaged")
     measured = {name: value if math.isfinite(value) else None for name, value in values.items()}
     return {"tokens": [shown.add(asdict(each)) for each in predictions], "measured": measured}
 

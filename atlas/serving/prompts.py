@@ -22,19 +22,17 @@ def each_prompt(prompt: Any) -> list[str | list[int]]:
 
 
 def text_of(prompt: str | list[int], backend: Backend) -> str:
-    """Return the text of a prompt, which a client gave as a text or as token ids. Raises `ApiError` if an id is not in
-    the vocabulary."""
+    """Return the text of a prompt, which a client gave as a text or as token ids."""
     if isinstance(prompt, str):
         return prompt
-    check_known(prompt, backend)
     return b"".join(map(backend.token_bytes, prompt)).decode("utf-8", "replace")
 
 
-def check_known(ids: Sequence[int], backend: Backend) -> None:
-    """Raise `ApiError` if an id is not in the vocabulary."""
+def check_known(ids: Sequence[int], backend: Backend, param: str) -> None:
+    """Raise `ApiError` if an id in the field `param` is not in the vocabulary."""
     if (largest := max(ids, default=0)) >= backend.vocab_size:
         rule = f"token {largest}: the vocabulary has {backend.vocab_size} tokens"
-        raise ApiError(400, f"prompt: {rule}", param="prompt")
+        raise ApiError(400, f"{param}: {rule}", param=param)
 
 
 def encode_prompts(body: CompletionRequest, backend: Backend) -> list[list[int]]:

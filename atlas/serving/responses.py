@@ -12,16 +12,17 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from atlas.serving.answers import Answer
+from atlas.serving.api.errors import ApiError
 from atlas.serving.api.items import ResponseRequest
 from atlas.serving.api.shapes import ResponseObject
 from atlas.serving.backends.generation import GenerationRequest, Piece
 from atlas.serving.dispatcher import Dispatcher
 from atlas.serving.grammars import constraint_of
 from atlas.serving.prompts import encode_conversation
-from atlas.serving.stream import OR_STREAM, EventStream, event, until_disconnect
+from atlas.serving.stream import OR_STREAM, EventStream, Json, event, until_disconnect
 from atlas.serving.tools import Call, CallStream, read_calls
 
 
@@ -34,7 +35,7 @@ def response_routes(dispatcher: Dispatcher) -> APIRouter:
         """Answer a conversation."""
         backend, chat, headers = dispatcher.model(body.model), body.as_chat(), dispatcher.ignored(body)
         prompt = await asyncio.to_thread(encode_conversation, chat, backend)
-        constraint = await asyncio.to_thread(constraint_of, chat, backend)
+        constraint = await asyncio.to_thread(constraint_of, chat, backend, field="text.format")
         generation = dispatcher.submit(
             backend, [prompt], chat, max_tokens=chat.limit, candidates=chat.candidates, constraint=constraint
         )
@@ -45,7 +46,7 @@ def response_routes(dispatcher: Dispatcher) -> APIRouter:
             content = await until_disconnect(request.receive, answer.complete())
         finally:
             dispatcher.close(generation)
-        return JSONResponse(content or {}, headers=headers)
+        return Json(content or {}, headers=headers)
 
     return router
 
@@ -74,14 +75,25 @@ class ResponseAnswer:
         return self._ended(self._items(text, calls, pieces), pieces[-1].finish)
 
     async def events(self) -> AsyncIterator[str]:
-        """Yield the answer as server-sent events."""
+        """Yield the answer as server-sent events. An error is the last event."""
+        try:
+            async for each in self._events():
+                yield each
+        except ApiError as error:
+            # OpenAI's client looks for `error`, and other clients read the other fields.
+            told = {name: error.body["error"][name] for name in ("code", "message", "param")}
+            yield self._event("error", **told, **error.body)
+
+    async def _events(self) -> AsyncIterator[str]:
         for kind in ("response.created", "response.in_progress"):
             yield self._event(
                 kind, response={**self._head, "status": "in_progress", "output": [], "usage": None}
             )
         reader, pieces, text = CallStream(must_call=bool(self.must_call)), list[Piece](), ""
+        unsent: list[Piece] = []  # pieces whose log-probabilities are sent with the next text
         async for _, piece in self.request.pieces():
             pieces.append(piece)
+            unsent.append(piece)
             new = piece.text
             if self.must_call is not None:
                 new = reader.add(new, is_last=piece.finish is not None)
@@ -90,17 +102,23 @@ class ResponseAnswer:
                     yield each
             if new:
                 text += new
-                delta = {"delta": new, "logprobs": self._logprobs([piece])}
-                yield self._event("response.output_text.delta", **self._place, **delta)
+                yield self._delta(new, unsent)
+                unsent = []
         items = self._items(text, reader.calls, pieces)
         for index, item in enumerate(items):
             if item["type"] == "message" and not text:
                 for each in self._begin_message():
                     yield each
+            if item["type"] == "message" and self.body.has_logprobs and unsent:
+                yield self._delta("", unsent)
             for each in self._end_message(item) if item["type"] == "message" else self._call(index, item):
                 yield each
         ended = self._ended(items, pieces[-1].finish)
         yield self._event(f"response.{ended['status']}", response=ended)
+
+    def _delta(self, text: str, pieces: Sequence[Piece]) -> str:
+        delta = {"delta": text, "logprobs": self._logprobs(pieces)}
+        return self._event("response.output_text.delta", **self._place, **delta)
 
     def _items(self, text: str, calls: Sequence[Call], pieces: Sequence[Piece]) -> list[dict[str, Any]]:
         items = []
@@ -181,7 +199,7 @@ def _head(model: str, body: ResponseRequest) -> dict[str, Any]:
         "incomplete_details": None,
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
-        "metadata": {},
+        "metadata": body.metadata or {},
         "model": model,
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": None,

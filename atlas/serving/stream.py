@@ -1,4 +1,4 @@
-"""End the work for a response when the client disconnects."""
+"""Write responses as JSON or as events, and end the work for a response when the client disconnects."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from atlas.serving.api.errors import ApiError
@@ -33,6 +33,14 @@ async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T 
         watcher.cancel()
         if task.cancel():
             await asyncio.wait({task})
+
+
+class Json(JSONResponse):
+    """JSON in ASCII, so that a text of the client with half a surrogate pair can be returned."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the JSON of `content`."""
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
 
 
 class EventStream(StreamingResponse):

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from atlas.inference.look import embedding
 from atlas.serving.api.errors import ApiError
 from atlas.serving.api.shapes import Detokenized, Embeddings, Properties, Tokenized, TokenizerInfo
 from atlas.serving.api.texts import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from atlas.serving.backends.engine import Engine
-from atlas.serving.backends.generation import Backend, TooLong
+from atlas.serving.backends.generation import Backend, Busy, TooLong
 from atlas.serving.dispatcher import Dispatcher
 from atlas.serving.prompts import check_known, each_prompt, encode_conversation, text_of
-from atlas.serving.stream import until_disconnect
+from atlas.serving.stream import Json, until_disconnect
 from atlas.version import __version__
 
 
@@ -39,13 +39,15 @@ def text_routes(dispatcher: Dispatcher) -> APIRouter:
             answer["token_strs"] = [_text(backend, id) for id in ids]
         if body.with_pieces:
             answer["tokens"] = [{"id": id, "piece": _piece(backend, id)} for id in ids]
-        return JSONResponse(answer, headers=dispatcher.ignored(body))
+        return Json(answer, headers=dispatcher.ignored(body))
 
     @router.post("/detokenize", response_model=Detokenized)
     async def detokenize(body: DetokenizeRequest) -> Response:
         """Return the text of tokens, as llama.cpp's server does (`content`) and as vLLM's does (`prompt`)."""
-        text = text_of(body.tokens, dispatcher.model(body.model))
-        return JSONResponse({"content": text, "prompt": text}, headers=dispatcher.ignored(body))
+        backend = dispatcher.model(body.model)
+        check_known(body.tokens, backend, "tokens")
+        text = text_of(body.tokens, backend)
+        return Json({"content": text, "prompt": text}, headers=dispatcher.ignored(body))
 
     @router.get("/props", response_model=Properties)
     async def props(model: str | None = None) -> dict[str, Any]:
@@ -72,7 +74,8 @@ def text_routes(dispatcher: Dispatcher) -> APIRouter:
 
 def _add_embeddings(router: APIRouter, dispatcher: Dispatcher) -> None:
     # Embeddings are computed one after the other in their own thread, so that they do not block tokenization.
-    thread = ThreadPoolExecutor(1, thread_name_prefix="embed")
+    thread, running = ThreadPoolExecutor(1, thread_name_prefix="embed"), set[Request]()
+    seconds = dispatcher.settings.seconds
 
     @router.post("/v1/embeddings", response_model=Embeddings)
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
@@ -85,7 +88,17 @@ def _add_embeddings(router: APIRouter, dispatcher: Dispatcher) -> None:
             rule = f"must be {size} or null, since an embedding cannot be shortened, not {body.dimensions}"
             raise ApiError(400, f"dimensions: {rule}", param="dimensions")
         texts = await asyncio.to_thread(_texts, body, backend)
-        answer = await until_disconnect(request.receive, _embedded(texts, backend, thread))
+        if len(running) >= backend.capacity:
+            raise Busy
+        running.add(request)
+        try:
+            work = asyncio.wait_for(_embedded(texts, backend, thread), seconds)
+            answer = await until_disconnect(request.receive, work)
+        except asyncio.TimeoutError:
+            late = f"not finished within {seconds:g} s: send fewer texts, or raise --timeout"
+            raise ApiError(504, late) from None
+        finally:
+            running.discard(request)
         as_base64 = body.encoding_format == "base64"
         data = [
             {
@@ -96,9 +109,10 @@ def _add_embeddings(router: APIRouter, dispatcher: Dispatcher) -> None:
             for index, each in enumerate(answer or [])
         ]
         count = sum(map(len, texts))
+        dispatcher.metrics.count_prompt(backend.id, count)
         usage = {"prompt_tokens": count, "total_tokens": count}
         content = {"object": "list", "data": data, "model": backend.id, "usage": usage}
-        return JSONResponse(content, headers=dispatcher.ignored(body))
+        return Json(content, headers=dispatcher.ignored(body))
 
 
 def _tokens(body: TokenizeRequest, backend: Backend) -> list[int]:
@@ -126,11 +140,11 @@ def _texts(body: EmbeddingRequest, backend: Backend) -> list[list[int]]:
     texts, most = [], body.truncate_prompt_tokens
     for each in each_prompt(body.input):
         ids = backend.encode(each) if isinstance(each, str) else each
-        check_known(ids, backend)
+        check_known(ids, backend, "input")
         if most is not None:
-            ids = ids[-(min(most, backend.context) if most > 0 else backend.context) :]
+            ids = ids[-max(1, backend.context if most == -1 else min(most, backend.context)) :]
         if len(ids) > backend.context:
-            raise TooLong(backend.context, len(ids))
+            raise TooLong(backend.context, len(ids), "input")
         texts.append(ids)
     return texts
 
@@ -139,7 +153,13 @@ async def _embedded(
     texts: Sequence[list[int]], engine: Engine, thread: ThreadPoolExecutor
 ) -> list[np.ndarray[Any, Any]]:
     loop = asyncio.get_running_loop()
-    return [(await loop.run_in_executor(thread, embedding, engine.loaded, ids)).numpy() for ids in texts]
+    vectors = []
+    for ids in texts:
+        vector = (await loop.run_in_executor(thread, embedding, engine.loaded, ids)).numpy()
+        if not np.isfinite(vector).all():
+            raise ApiError(500, "the model failed: its embedding is not finite")
+        vectors.append(vector)
+    return vectors
 
 
 def _base64(numbers: np.ndarray[Any, Any]) -> str:

@@ -112,6 +112,10 @@ def test_an_error_can_be_read_by_an_allowed_page() -> None:
         ("https://Example.com/", "https://example.com"),
         ("http://localhost:3000", "http://localhost:3000"),
         ("chrome-extension://abc", "chrome-extension://abc"),
+        ("https://example.com:443", "https://example.com"),
+        ("http://example.com:443", "http://example.com:443"),
+        ("https://bücher.de", "https://xn--bcher-kva.de"),
+        ("http://[::1]:3000", "http://[::1]:3000"),
         ("null", "null"),
         ("*", "*"),
     ],
@@ -121,7 +125,18 @@ def test_an_origin_is_read_as_browsers_send_it(text: str, origin: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["example.com", "https://example.com/page", "", "https://", "https://*.example.com"]
+    "text",
+    [
+        "http://a:99999999",
+        "http://a\\b",
+        'http://"x"',
+        "https://a@b.example",
+        "example.com",
+        "https://example.com/page",
+        "",
+        "https://",
+        "https://*.example.com",
+    ],
 )
 def test_what_is_not_an_origin_is_refused(text: str) -> None:
     with pytest.raises(AtlasError, match="--allow-origin"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from atlas.inference.generate import empty_cache
 from atlas.inference.load import LoadedModel
 from atlas.serving.backends.engine import Engine
-from atlas.serving.backends.prefixes import LEAST_REUSED, PrefixCache
+from atlas.serving.backends.prefixes import LEAST_REUSED, MOST_TEXTS, PrefixCache
 from tests.served import random_model, served, with_llama_cpp
 from tests.serving.test_serving import metric, post
 
@@ -127,3 +128,49 @@ def test_the_oldest_texts_make_room_for_new_ones(loaded: LoadedModel) -> None:
         fresh = read(first)
     torch.testing.assert_close(found.keys, fresh.keys[:, 0, :, :40])
     torch.testing.assert_close(found.values, fresh.values[:, 0, :, :40])
+
+
+def test_several_answers_to_a_new_prompt_count_as_read(loaded: LoadedModel) -> None:
+    """The later answers know the first one's prompt, but the request had to read it."""
+    with served([Engine(loaded, "random", parallel=1, queue=8)]) as address:
+        text = "The river and the boat run past the old mill, and back to the harbour in the winter. " * 2
+        answer = asked(address, "random", "/v1/completions", prompt=text, max_tokens=3, n=3)
+        assert reused(answer) == 0
+        assert (
+            reused(asked(address, "random", "/v1/completions", prompt=text, max_tokens=3, n=3)) > LEAST_REUSED
+        )
+
+
+@pytest.mark.parametrize("options", [{"cache_prompt": False}, {"cache_salt": "mine"}])
+def test_a_request_may_neither_use_nor_leave_anything(loaded: LoadedModel, options: dict) -> None:
+    text = "The river and the boat run past the old mill, and back to the harbour in the winter. " * 2
+    body = {"prompt": text, "max_tokens": 3}
+    with served([Engine(loaded, "random", parallel=2, queue=8)]) as address:
+        for more in (options, options, {}, options):
+            assert reused(asked(address, "random", "/v1/completions", **body, **more)) == 0
+        assert reused(asked(address, "random", "/v1/completions", **body)) > LEAST_REUSED
+
+
+def test_too_little_memory_to_keep_a_text_ends_no_generation(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(PrefixCache, "keep", fail)
+    with served([Engine(loaded, "random", parallel=4, queue=8)]) as address, ThreadPoolExecutor() as pool:
+        lengths = [3, 60, 60]
+        bodies = [{"prompt": "The river", "max_tokens": length, "ignore_eos": True} for length in lengths]
+        answers = list(pool.map(lambda body: asked(address, "random", "/v1/completions", **body), bodies))
+    assert [each["usage"]["completion_tokens"] for each in answers] == lengths
+    assert "no memory to keep a text" in capsys.readouterr().err
+
+
+def test_the_number_of_texts_is_limited(loaded: LoadedModel) -> None:
+    prefixes, cache = PrefixCache(10**6), empty_cache(loaded.model, 1)
+    for number in range(MOST_TEXTS + 10):
+        prefixes.keep([number, *range(LEAST_REUSED)], cache, 0)
+    known = [
+        prefixes.find([number, *range(LEAST_REUSED), 1]) is not None for number in range(MOST_TEXTS + 10)
+    ]
+    assert known == [False] * 10 + [True] * MOST_TEXTS

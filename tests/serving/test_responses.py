@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 from collections.abc import Iterator
 
 import openai
 import pytest
+import torch
 from openai.types.responses import response_create_params
 from pydantic import BaseModel
 
 from atlas.inference.load import LoadedModel
 from atlas.serving.api.fields import UNSUPPORTED, WITHOUT_EFFECT
 from atlas.serving.api.items import ResponseRequest
+from atlas.serving.backends.engine import Engine
 from atlas.serving.backends.generation import Backend
 from tests.served import random_model, served, with_llama_cpp
 from tests.serving.test_fields import headers_of
@@ -224,6 +227,11 @@ def test_a_named_function_is_called(client: openai.OpenAI) -> None:
         ({"input": "a", "tools": [{"type": "web_search"}]}, "tools.0"),
         ({"input": "a", "tool_choice": "required"}, "no such function"),
         ({"input": "a " * 3000}, "context"),
+        ({"input": "a", "top_logprobs": 2}, "include"),
+        ({"input": "a", "stop": "x"}, "stop"),
+        ({"input": "a", "max_tokens": 5}, "max_output_tokens"),
+        ({"input": "a", "text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
+        ({"input": "a", "text": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, "text.format"),
     ],
 )
 def test_a_bad_request_is_refused_by_name(address: str, body: dict, says: str) -> None:
@@ -243,3 +251,67 @@ def test_every_field_of_openais_client_is_decided(address: str) -> None:
     }
     form = {"format": {"type": "text"}, "verbosity": "low"}
     assert headers_of(address, ROUTE, {**body, "text": form})["x-ignored-fields"] == "input.colour"
+
+
+def test_what_the_client_sent_comes_back_in_ascii(address: str) -> None:
+    half = "\ud800"  # half of a surrogate pair, which UTF-8 cannot hold
+    body = {
+        "model": "random",
+        "input": half,
+        "instructions": half,
+        "max_output_tokens": 1,
+        "metadata": {"k": half},
+    }
+    body["text"] = {"format": {"type": "text", "name": half}}
+    status, answer = post(address, body, ROUTE)
+    assert (status, answer["instructions"], answer["metadata"]) == (200, half, {"k": half})
+    for number in ("NaN", "Infinity", "-Infinity"):
+        text = f'{{"input": "x", "text": {{"format": {{"type": "text", "schema": {{"a": {number}}}}}}}}}'
+        status, answer = post(address, text.encode(), ROUTE)
+        assert (status, "NaN" in answer["error"]["message"]) == (400, True)
+
+
+@pytest.mark.parametrize("tools", [[], [FUNCTION]])
+def test_a_stream_has_the_log_probability_of_every_token(client: openai.OpenAI, tools: list[dict]) -> None:
+    """Also of the tokens that are a part of a character, or that could begin a call."""
+    for seed in range(3):
+        body = {"model": "random", "input": "hi", "max_output_tokens": 40, "temperature": 1.5, "tools": tools}
+        body |= {"include": ["message.output_text.logprobs"], "extra_body": {"seed": seed}}
+        events = list(client.responses.create(**body, stream=True))
+        sent = [
+            each for event in events if event.type == "response.output_text.delta" for each in event.logprobs
+        ]
+        last = next(each for each in events[-1].response.output if each.type == "message").content[0].logprobs
+        assert len(sent) == len(last) == 40
+        assert [each.logprob for each in sent] == [each.logprob for each in last]
+
+
+def test_an_answer_can_be_sent_back_with_all_that_it_had(client: openai.OpenAI) -> None:
+    body = {"model": "random", "max_output_tokens": 4, "include": ["message.output_text.logprobs"]}
+    answer = client.responses.create(**body, input=QUESTION)
+    refusal = {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
+    items = [
+        {"role": "user", "content": QUESTION},
+        *answer.output,
+        refusal,
+        {"role": "user", "content": "So?"},
+    ]
+    assert client.responses.create(**body, input=items).output_text
+
+
+def test_an_error_ends_a_stream_as_an_event(loaded: LoadedModel) -> None:
+    broken = random_model(chat=True)
+    with torch.no_grad():
+        broken.model.token_embedding.weight.fill_(float("nan"))
+    with served([Engine(broken, "broken", parallel=2, queue=2)]) as address:
+        request = urllib.request.Request(address + ROUTE, json.dumps({"input": "x", "stream": True}).encode())
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            *_, name, data = answer.read().decode().strip().splitlines()
+        told = json.loads(data.removeprefix("data: "))
+        assert (name, told["type"]) == ("event: error", "error")
+        assert told["sequence_number"] == 2
+        assert told["message"] == told["error"]["message"] != ""
+        status, _ = post(address, {"input": "x"}, "/v1/embeddings")
+        assert status == 500
+        status, answer = post(address, {"prompt": "The river"}, "/api/read")
+        assert (status, "weights" in answer["error"]["message"]) == (500, True)

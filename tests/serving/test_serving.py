@@ -285,7 +285,7 @@ BAD = {
     "negative tokens": ({"prompt": "x", "max_tokens": -5}, 400, "max_tokens"),
     "negative temperature": ({"prompt": "x", "temperature": -1}, 400, "temperature"),
     "infinite temperature": (b'{"prompt": "x", "temperature": 1e999}', 400, "temperature"),
-    "no number": (b'{"prompt": "x", "temperature": NaN}', 400, "temperature"),
+    "no number": (b'{"prompt": "x", "temperature": NaN}', 400, "NaN"),
     "top_p": ({"prompt": "x", "top_p": 1.5}, 400, "top_p"),
     "negative n": ({"prompt": "x", "n": -1}, 400, "n"),
     "huge n": ({"prompt": "x", "n": 10**6}, 400, "n"),

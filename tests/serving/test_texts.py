@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from atlas.inference.load import LoadedModel
+from atlas.serving.dispatcher import ServerSettings
 from atlas.tokenizer.chat import Message, encode_chat
-from tests.served import random_model, served, with_llama_cpp
-from tests.serving.test_serving import answered, post
+from tests.served import random_model, served, served_model, with_llama_cpp
+from tests.serving.test_serving import answered, metric, post
 
 TEXT = "größer — 漢字 🙂 The river"
 TALK = [{"role": "user", "content": "Where does the cat live?"}]
@@ -136,6 +137,10 @@ def test_embeddings_are_the_mean_of_the_last_hidden_states_in_transformers(
         ("/v1/embeddings", {"input": "a " * 500}, "context"),
         ("/v1/embeddings", {"input": "a", "dimensions": 8}, "must be 32"),
         ("/v1/embeddings", {"input": "a", "model": "none"}, "none"),
+        ("/v1/embeddings", {"input": ["a"] * 2049}, "at most 2048 items"),
+        ("/v1/embeddings", {"input": [-1]}, "input.0: must be greater than or equal to 0"),
+        ("/v1/embeddings", {"input": [[]]}, "input.0: must have at least 1 item"),
+        ("/v1/embeddings", {"input": ["a", 1]}, "input.1: must be a valid string"),
     ],
 )
 def test_a_bad_request_is_refused_with_its_reason(address: str, route: str, body: dict, says: str) -> None:
@@ -158,3 +163,32 @@ def test_a_gguf_file_has_no_embeddings(address: str) -> None:
     pytest.importorskip("xllamacpp")
     status, answer = post(address, {"model": "exported", "input": "a"}, "/v1/embeddings")
     assert (status, "checkpoint" in answer["error"]["message"]) == (400, True)
+
+
+def test_no_tokens_kept_means_one_as_in_completions(address: str) -> None:
+    body = {"model": "random", "input": "The river and the boat", "truncate_prompt_tokens": 0}
+    assert post(address, body, "/v1/embeddings")[1]["usage"]["prompt_tokens"] == 1
+
+
+def test_embeddings_have_the_servers_time_limit_and_are_counted(loaded: LoadedModel) -> None:
+    settings = ServerSettings(seconds=0.05)
+    with served_model(loaded, settings=settings) as (address, _):
+        status, answer = post(address, {"input": ["The river and the boat " * 10] * 2000}, "/v1/embeddings")
+        assert (status, "--timeout" in answer["error"]["message"]) == (504, True)
+    with served_model(loaded) as (address, _):
+        _, answer = post(address, {"input": ["The river"] * 3}, "/v1/embeddings")
+        assert metric(address, "atlas_prompt_tokens_total") == answer["usage"]["prompt_tokens"]
+
+
+def test_the_tokens_of_a_conversation_include_its_functions(address: str) -> None:
+    tool = {
+        "type": "function",
+        "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}},
+    }
+    plain, told = (
+        post(address, {"messages": TALK, **more}, "/tokenize")[1] for more in ({}, {"tools": [tool]})
+    )
+    chat = {"model": "random", "messages": TALK, "tools": [tool], "max_tokens": 1}
+    read = post(address, {**chat, "truncation": "auto"}, "/v1/chat/completions")[1]
+    assert told["count"] > plain["count"] + 50
+    assert read["usage"]["prompt_tokens"] == min(told["count"], 127)

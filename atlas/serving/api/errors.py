@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,7 +37,8 @@ def error_response(error: ApiError, headers: Mapping[str, str] | None = None) ->
 
 def validation_error(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     """Return an error for the first of the problems that pydantic found in a body."""
-    problem = problems[0]
+    # A wrong type of object often lacks fields, too.
+    problem = next((each for each in problems if each["loc"][-1:] == ("type",)), problems[0])
     if problem["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {problem.get('ctx', {}).get('error', problem['msg'])}")
     # Pydantic's location also contains the types of a union: str, list[str], ….
@@ -45,9 +48,10 @@ def validation_error(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     if problem["type"] == "unsupported":  # the location is that of the object which has the field
         name = problem["ctx"]["name"]
         param, value = f"{param}.{name}" if param else name, value[name] if isinstance(value, dict) else value
-    value = _REPR.repr(value)
+    value = json.dumps(value) if value is None or isinstance(value, bool) else _REPR.repr(value)
     shown = value if len(value) <= 60 else value[:60] + "…"
     reason = str(problem["msg"]).replace("Input should be", "must be").removeprefix("Value error, ")
-    if problem["type"] in ("too_short", "too_long"):
-        reason = reason.replace("List should have", "must have").partition(" after validation")[0]
+    reason = re.sub("^(List|Value|String) should have", "must have", reason).partition(" after validation")[0]
+    if problem["type"] == "missing":
+        return ApiError(400, f"{param}: is missing", param=param)
     return ApiError(400, f"{param or 'the body'}: {reason}, not {shown}", param=param)

@@ -11,6 +11,7 @@ classes in vLLM's `vllm/entrypoints/openai`.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from itertools import islice
@@ -34,16 +35,16 @@ _IN_MESSAGES = """
     encrypted_content
 """
 # Of the Responses API: what concerns tools and programs that OpenAI itself runs.
-_RESPONSES = "background_options access_programs allowed_callers output_schema"
+_RESPONSES = "background_options access_programs allowed_callers output_schema stream_options"
 # Scheduling, caches, other modalities, and options of the beam search, which itself is refused.
 _VLLM = """
-    priority request_id session_id cache_salt kv_transfer_params ec_transfer_params media_io_kwargs mm_processor_kwargs
+    priority request_id session_id kv_transfer_params ec_transfer_params media_io_kwargs mm_processor_kwargs
     return_mm_kwargs routed_experts_prompt_start stream_interval include_reasoning length_penalty
     spaces_between_special_tokens guided_decoding_backend guided_whitespace_pattern
 """
 # Slots, caches, reports on progress, and options of samplers, which themselves are refused.
 _LLAMA_CPP = """
-    cache_prompt id_slot n_cache_reuse n_keep n_discard sse_ping_interval timings_per_token return_progress verbose
+    id_slot n_cache_reuse n_keep n_discard sse_ping_interval timings_per_token return_progress verbose
     response_fields backend_sampling dynatemp_exponent xtc_threshold mirostat_tau mirostat_eta dry_base
     dry_allowed_length dry_penalty_last_n dry_sequence_breakers adaptive_decay penalize_nl parse_tool_calls chat_format
     chat_parser generation_prompt reasoning_format reasoning_control reasoning_in_content reasoning_budget_start_tag
@@ -65,7 +66,9 @@ class Unsupported(NamedTuple):
 _SAMPLERS = "use temperature, top_k, top_p and min_p"
 _TEXT = "the model reads and writes only text"
 _SHAPE = "the response has OpenAI's shape"
-_TOOLS = "only /v1/chat/completions can call functions, with tools and tool_choice"
+_TOOLS = "only /v1/chat/completions and /v1/responses can call functions, with tools and tool_choice"
+_LENGTH = "use max_output_tokens in /v1/responses, and max_tokens in other routes that generate"
+_ELSEWHERE = "only /v1/completions and /v1/chat/completions have this field"
 _FORMATS = "use response_format or json_schema"
 _STOPS = "use stop"
 
@@ -80,6 +83,21 @@ UNSUPPORTED: Mapping[str, Unsupported] = {
     "image": Unsupported((), _TEXT),
     "defer_loading": Unsupported((False,), "the model reads all functions"),
     "async": Unsupported((False,), "your program runs the functions"),
+    "input": Unsupported((), "send it to /v1/responses or /v1/embeddings"),
+    "instructions": Unsupported(("",), "send a system message"),
+    "max_output_tokens": Unsupported((-1,), _LENGTH),
+    "max_tokens": Unsupported((-1,), _LENGTH),
+    "max_completion_tokens": Unsupported((-1,), _LENGTH),
+    "n_predict": Unsupported((-1,), _LENGTH),
+    "response_format": Unsupported(({"type": "text"},), "use text.format in /v1/responses"),
+    "json_schema": Unsupported(({},), "use text.format in /v1/responses"),
+    "n": Unsupported((1,), _ELSEWHERE),
+    "stop": Unsupported(("", []), _ELSEWHERE),
+    "min_tokens": Unsupported((0,), _ELSEWHERE),
+    "ignore_eos": Unsupported((False,), _ELSEWHERE),
+    "echo": Unsupported((False,), _ELSEWHERE),
+    "logprobs": Unsupported((False,), "use include in /v1/responses"),
+    "continue_final_message": Unsupported((False,), "only /v1/chat/completions has this field"),
     "suffix": Unsupported(("",), "the model only continues a text"),
     "messages": Unsupported((), "send a conversation to /v1/chat/completions"),
     "prompt": Unsupported(("",), "send a text to continue to /v1/completions"),
@@ -153,7 +171,7 @@ def check_neutral(name: str, value: Any) -> None:
     field = UNSUPPORTED.get(name)
     if field is None or value is None or value in field.neutral:
         return
-    neutral = " or ".join([*map(repr, field.neutral), "null"])
+    neutral = " or ".join([*map(json.dumps, field.neutral), "null"])
     raise PydanticCustomError(
         "unsupported",
         "must be {neutral} ({reason})",

@@ -19,12 +19,17 @@ class ResponseFormat(Body):
     """For the type `json_schema`: an object with the JSON schema in `schema`; with `strict: false`, keywords that
     cannot be enforced are ignored."""
 
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    """llama.cpp's name for the JSON schema, also with the type `json_object`."""
+
     @property
     def schema_of_text(self) -> dict[str, Any] | None:
         """The JSON schema that the text must follow; None: any text."""
         if self.type == "text":
             return None
-        schema = (self.json_schema or {}).get("schema") if self.type == "json_schema" else _JSON_OBJECT
+        schema = (self.json_schema or {}).get("schema") or self.schema_
+        if self.type == "json_object":
+            return self.schema_ or _JSON_OBJECT
         return schema if isinstance(schema, dict) else {}
 
     @property

@@ -29,7 +29,6 @@ from atlas.serving.api.requests import (
     Content,
     Limit,
     SamplingSettings,
-    StreamOptions,
 )
 
 LOGPROBS = "message.output_text.logprobs"
@@ -137,7 +136,12 @@ class ResponseRequest(SamplingSettings):
     """The random seed; -1: any."""
     stream: bool | None = None
     """Send the answer as events during generation."""
-    stream_options: StreamOptions | None = None
+    cache_prompt: bool | None = None
+    """False: read the whole prompt, and keep nothing of the text for later requests."""
+    cache_salt: str | None = None
+    """vLLM's name for a secret that separates the users of a server: if it is set, as `cache_prompt: false`."""
+    metadata: dict[str, str] | None = None
+    """Names and values that the response repeats."""
     text: TextSettings | None = None
     include: list[str] | None = None
     """`message.output_text.logprobs`: return the log-probability of each token. Other values add nothing."""
@@ -159,6 +163,9 @@ class ResponseRequest(SamplingSettings):
 
     def as_chat(self) -> ChatRequest:
         """Return the request as a chat request. Raises `ApiError` if no message is left."""
+        if self.top_logprobs and not self.has_logprobs:
+            rule = f"only allowed with {LOGPROBS} in include"
+            raise ApiError(400, f"top_logprobs: {rule}", param="top_logprobs")
         messages = [ChatMessage(role="system", content=self.instructions)] if self.instructions else []
         if isinstance(self.input, str):
             messages.append(ChatMessage(role="user", content=self.input))
@@ -182,6 +189,8 @@ class ResponseRequest(SamplingSettings):
             tool_choice=choice,
             parallel_tool_calls=self.parallel_tool_calls,
             truncation=self.truncation,
+            cache_prompt=self.cache_prompt,
+            cache_salt=self.cache_salt,
             response_format=self._format(),
         )
         for name in SamplingSettings.model_fields:
@@ -194,6 +203,8 @@ class ResponseRequest(SamplingSettings):
             return None
         json_schema = {"name": form.name, "schema": form.schema_, "strict": form.strict}
         is_schema = form.type == "json_schema"
+        if is_schema and form.schema_ is None:
+            raise ApiError(400, "text.format.schema: must be a JSON schema", param="text.format.schema")
         return ResponseFormat(type=form.type, json_schema=json_schema if is_schema else None)
 
 

@@ -41,7 +41,27 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...] | None:
     return tuple(pairs)
 
 
-SEVERAL = Field(min_length=1, max_length=MOST_PROMPTS)
+def kind_of_prompt(value: Any) -> str:
+    """Return the tag of a prompt's type, so that an error is about this type only."""
+    if not isinstance(value, list):
+        return "str"
+    kind = type(value[0]) if value else str
+    return "list[list[int]]" if kind is list else "list[int]" if kind in (int, float) else "list[str]"
+
+
+def prompts_of(text: Any, most: int) -> Any:
+    """Return the type of a field with one text or with at most `most` texts, each as a string or as token ids. `text`
+    is the type of a string."""
+    several = Field(min_length=1, max_length=most)
+    return Annotated[
+        Annotated[text, Tag("str")]
+        | Annotated[Items[text], several, Tag("list[str]")]
+        | Annotated[TokenIds, Tag("list[int]")]
+        | Annotated[Items[TokenIds], several, Tag("list[list[int]]")],
+        Discriminator(kind_of_prompt),
+    ]
+
+
 Stop = Annotated[str, Field(max_length=1000)]
 _BIASES = {
     "type": ["object", "null"],
@@ -126,6 +146,15 @@ class SamplingParams(SamplingSettings):
     """llama.cpp's name for a `response_format` with this JSON schema; an empty schema asks for nothing."""
     truncate_prompt_tokens: Int | None = Field(None, ge=-1)
     """Keep only this number of the prompt's last tokens; -1: as many as the context has."""
+    cache_prompt: bool | None = None
+    """False: read the whole prompt, and keep nothing of the text for later requests."""
+    cache_salt: str | None = None
+    """vLLM's name for a secret that separates the users of a server: if it is set, as `cache_prompt: false`."""
+
+    @property
+    def uses_known(self) -> bool:
+        """Whether the server may use what it knows of earlier texts, and may keep this text for later ones."""
+        return self.cache_prompt is not False and not self.cache_salt
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -144,7 +173,7 @@ class SamplingParams(SamplingSettings):
 class CompletionRequest(SamplingParams):
     """A text to continue."""
 
-    prompt: str | Annotated[Items[str], SEVERAL] | TokenIds | Annotated[Items[TokenIds], SEVERAL] = ""
+    prompt: prompts_of(str, MOST_PROMPTS) = ""  # type: ignore[valid-type]
     """One text or several, each as a string or as a list of token ids. An empty text begins a document."""
     max_tokens: Limit | None = None
     """The largest number of new tokens; -1 or null: the number of free positions in the context. Default: 16."""
@@ -168,6 +197,31 @@ class TextPart(Body):
 
     type: Literal["text", "input_text", "output_text"]
     text: str
+    logprobs: list[Any] | None = None
+    """What an earlier answer told about its tokens, which is not read."""
+
+
+class RefusalPart(Body):
+    """A part of an earlier answer in which a model refused to answer."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        """The text of the part."""
+        return self.refusal
+
+
+def _kind_of_part(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return "[refusal]" if kind == "refusal" else "[text]"
+
+
+_Part = Annotated[
+    Annotated[TextPart, Tag("[text]")] | Annotated[RefusalPart, Tag("[refusal]")],
+    Discriminator(_kind_of_part),
+]
 
 
 def _kind_of_content(value: Any) -> str:
@@ -175,7 +229,7 @@ def _kind_of_content(value: Any) -> str:
 
 
 Content = Annotated[
-    Annotated[str, Tag("str")] | Annotated[Items[TextPart], Tag("list[TextPart]")],
+    Annotated[str, Tag("str")] | Annotated[Items[_Part], Tag("list[TextPart]")],
     Discriminator(_kind_of_content),
 ]
 

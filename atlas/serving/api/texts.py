@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from atlas.serving.api.body import AnyTokenIds, Body, Int, Items, TokenIds
+from atlas.serving.api.body import AnyTokenIds, Body, Int, Items
 from atlas.serving.api.errors import ApiError
-from atlas.serving.api.requests import MOST_MESSAGES, ChatMessage, ChatRequest
+from atlas.serving.api.formats import Tool
+from atlas.serving.api.requests import MOST_MESSAGES, ChatMessage, ChatRequest, prompts_of
 
 MOST_EMBEDDED = 2048
 """The largest number of texts in one request for embeddings, as in OpenAI's API."""
-SEVERAL = Field(min_length=1, max_length=MOST_EMBEDDED)
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -27,6 +27,10 @@ class TokenizeRequest(Body):
     `add_special_tokens` is false."""
     messages: Annotated[Items[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
     """A conversation. The tokens are those that /v1/chat/completions reads, up to the beginning of the answer."""
+    tools: Annotated[Items[Tool], Field(max_length=128)] | None = None
+    """With `messages`: functions that the model may call."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """With `messages`: variables for the model's chat template."""
     add_special: bool | None = None
     """Whether the tokens include the one with which the model's texts begin, if there is one."""
     add_special_tokens: bool | None = None
@@ -48,7 +52,12 @@ class TokenizeRequest(Body):
             raise ApiError(400, "content: give one of content, prompt and messages", param="content")
         if self.messages is None:
             return None
-        return ChatRequest(messages=self.messages, add_generation_prompt=self.add_generation_prompt)
+        return ChatRequest(
+            messages=self.messages,
+            add_generation_prompt=self.add_generation_prompt,
+            tools=self.tools,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
 
     @property
     def adds_special(self) -> bool:
@@ -68,7 +77,7 @@ class EmbeddingRequest(Body):
     """Texts whose embeddings are wanted."""
 
     model: str | None = None
-    input: Text | Annotated[Items[Text], SEVERAL] | TokenIds | Annotated[Items[TokenIds], SEVERAL]
+    input: prompts_of(Text, MOST_EMBEDDED)  # type: ignore[valid-type]
     """One text or several, each as a string or as a list of token ids."""
     encoding_format: Literal["float", "base64"] | None = None
     """How the numbers are written: as JSON, or as the base64 of fp32 in little-endian order. Default: `float`."""

@@ -238,9 +238,9 @@ class Engine(Backend):
         self._sample(joining, torch.cat([self._prefill(group, known) for group in groups]))
 
     def _known_beginning(self, sequence: SequenceState) -> Beginning | None:
-        if (
-            sequence.start > 0 or sequence.generation.scores_prompt
-        ):  # scores need the hidden states of every position
+        generation = sequence.generation
+        # Scores need the hidden states of every position.
+        if sequence.start > 0 or generation.scores_prompt or not generation.uses_known:
             return None
         return self._prefixes.find(sequence.window)
 
@@ -314,9 +314,13 @@ class Engine(Backend):
 
     def _end(self, sequence: SequenceState) -> None:
         """Keep the keys and values of the sequence for later ones, and remove it."""
-        if sequence.start == 0:
+        if sequence.start == 0 and sequence.generation.uses_known:
             known = sequence.window[: sequence.cached]
-            self._prefixes.keep(known, self._cache, self._running.index(sequence))
+            try:
+                self._prefixes.keep(known, self._cache, self._running.index(sequence))
+            except (RuntimeError, MemoryError) as error:  # the texts that run need the memory more
+                print(f"{self.id}: no memory to keep a text ({error!s:.100})", file=sys.stderr)
+                self._prefixes = PrefixCache(self._prefixes.most_tokens)
         self._remove(sequence)
 
     def _remove(self, sequence: SequenceState) -> None:

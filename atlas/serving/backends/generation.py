@@ -64,6 +64,8 @@ class Generation:
     """Whether the first piece has the log-probabilities of the prompt's tokens."""
     constraint: Any = None
     """The grammar that the text follows, as `Backend.constrain` returned it; None: any text."""
+    uses_known: bool = True
+    """Whether the backend may use what it knows of earlier texts, and may keep this text for later ones."""
     num_reused: int = 0
     """The number of the prompt's tokens that were known from earlier texts. The backend sets it before the last
     piece."""
@@ -89,9 +91,9 @@ def failure(finish: str) -> Piece:
 class TooLong(ApiError):
     """The error of a prompt with more tokens than the context."""
 
-    def __init__(self, context: int, num_tokens: object) -> None:
-        sizes = f"maximum context length is {context} tokens, the prompt has {num_tokens}"
-        super().__init__(400, f"This model's {sizes}", param="prompt", code="context_length_exceeded")
+    def __init__(self, context: int, num_tokens: object, param: str = "prompt") -> None:
+        sizes = f"maximum context length is {context} tokens, the {param} has {num_tokens}"
+        super().__init__(400, f"This model's {sizes}", param=param, code="context_length_exceeded")
 
 
 class Busy(ApiError):
@@ -224,7 +226,10 @@ class GenerationRequest:
     @property
     def num_reused(self) -> int:
         """The number of tokens in all prompts that were known from earlier texts."""
-        return sum({id(each.prompt): each.num_reused for each in self.generations}.values())
+        fewest: dict[int, int] = {}  # of a prompt's generations, the later ones may know the first one
+        for each in self.generations:
+            fewest[id(each.prompt)] = min(each.num_reused, fewest.get(id(each.prompt), each.num_reused))
+        return sum(fewest.values())
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """Yield (index of the generation, piece) until all generations have ended. Raises `ApiError` if a generation

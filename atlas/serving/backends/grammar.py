@@ -88,6 +88,9 @@ def _json(grammar: Grammar) -> str:
     is_wrong, messages = LLMatcher.validate_grammar_with_warnings(f"%llguidance {{}}\nstart: {rule}\n")
     if is_wrong:
         reason = messages[0].partition("failed to compile JSON schema: ")[2] or messages[0]
+        if grammar.is_strict and reason.startswith("Unimplemented keys"):
+            remedy = "leave them out, or set strict to false to ignore them"
+            reason = f"{reason.splitlines()[0]} cannot be enforced: {remedy}"
         raise ApiError(400, f"{grammar.field}: {reason.splitlines()[0]:.300}", param=grammar.field)
     return rule
 

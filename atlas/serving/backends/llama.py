@@ -200,6 +200,7 @@ class Llama(Backend):
             "repeat_last_n": self.context + 1 if sampling.repeat_last_n < 0 else sampling.repeat_last_n,
             "logit_bias": [[id, bias if bias > BAN else False] for id, bias in sampling.logit_bias],
             "ignore_eos": generation.ignore_eos,
+            "cache_prompt": generation.uses_known,
             "grammar": generation.constraint or "",
             "seed": generation.seed % (2**32 - 1),  # 2³² − 1 means a random seed in llama.cpp
             "stop": generation.stop,

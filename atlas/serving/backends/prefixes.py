@@ -16,6 +16,8 @@ from atlas.model import KVCache
 
 LEAST_REUSED = 32
 """The number of tokens below which a common beginning is not worth a prefill of its own."""
+MOST_TEXTS = 256
+"""The largest number of texts. A search compares a text with each of them, and all running texts wait for it."""
 _Ids = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -44,15 +46,15 @@ class PrefixCache:
         if not LEAST_REUSED <= len(ids) <= self.most_tokens:
             return
         new = np.array(ids, dtype=np.int64)
-        for place, (known, _) in enumerate(self._kept):
-            if _num_common(known, new) == len(new):  # a known text begins with the new one
-                self._kept.append(self._kept.pop(place))
-                return
-        kept = [each for each in self._kept if _num_common(each[0], new) < len(each[0])]
-        num_tokens = len(new) + sum(len(known) for known, _ in kept)
-        while num_tokens > self.most_tokens:
-            num_tokens -= len(kept.pop(0)[0])
-        self._kept = kept  # frees memory before the copy needs it
+        common = self._common_with(new)
+        if len(new) in common:  # a known text begins with the new one
+            self._kept.append(self._kept.pop(common.index(len(new))))
+            return
+        # The new text replaces its own beginnings. This frees memory before the copy needs it.
+        self._kept = [each for each, same in zip(self._kept, common, strict=True) if same < len(each[0])]
+        num_tokens = len(new) + sum(len(known) for known, _ in self._kept)
+        while num_tokens > self.most_tokens or len(self._kept) >= MOST_TEXTS:
+            num_tokens -= len(self._kept.pop(0)[0])
         keys, values = (part[:, row, :, : len(new)].clone() for part in (cache.keys, cache.values))
         self._kept.append((new, Beginning(keys, values)))
 
@@ -60,12 +62,16 @@ class PrefixCache:
         """Return the keys and values of as many of the first `ids` as are known, but not of the last one. Return None
         if fewer than `LEAST_REUSED` are known."""
         wanted = np.array(ids, dtype=np.int64)
-        common = [_num_common(known, wanted[:-1]) for known, _ in self._kept]
+        common = self._common_with(wanted[:-1])
         longest = max(common, default=0)
         if longest < LEAST_REUSED:
             return None
         self._kept.append(self._kept.pop(common.index(longest)))
         return Beginning(*(part[:, :, :longest] for part in self._kept[-1][1]))
+
+    def _common_with(self, ids: _Ids) -> list[int]:
+        """Return with how many of the first `ids` each kept text begins."""
+        return [_num_common(known, ids) for known, _ in self._kept]
 
 
 def _num_common(one: _Ids, other: _Ids) -> int:

@@ -173,9 +173,11 @@ async function measure(column, prompt, signal) {
       `${tokens.length.toLocaleString("en")} tokens, all but the first predicted`
     : "one token: the first token has no prediction, so there is no loss";
   column.loss.hidden = false;
+  if (column === columns[0]) column.loss.scrollIntoView({ block: "nearest" });
 }
 
-const fixed = (value) => value.toLocaleString("en", { minimumFractionDigits: 3, maximumFractionDigits: 3 });
+/** A number with three decimals, or as an integer if it is large. */
+const fixed = (value) => value.toLocaleString("en", { minimumFractionDigits: value < 1000 ? 3 : 0, maximumFractionDigits: value < 1000 ? 3 : 0 });
 
 /** Choose the last token after a branch, so that the alternatives of this token are one click or key away. */
 function chooseLast(column) {

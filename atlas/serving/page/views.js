@@ -94,7 +94,7 @@ export function drawAttention(view, facts, answer, tokens, again) {
       className: "quiet",
       textContent:
         "Each row shows the attention of a token to itself and to all earlier tokens, from left to right. The last row is " +
-        "the chosen token. Move over the picture to read a weight. In the text, a stronger underline means that the chosen token attends more to that token." +
+        "the chosen token. Move over the large picture to read a weight. In the text, a stronger underline means that the chosen token attends more to that token." +
         (answer.first ? ` Only the last ${weights.length} tokens are drawn.` : ""),
     }),
   );
