@@ -11,7 +11,7 @@ import torch
 from atlas.inference.generate import empty_cache
 from atlas.inference.load import LoadedModel
 from atlas.serving.backends.engine import Engine
-from atlas.serving.backends.prefixes import LEAST_REUSED, MOST_TEXTS, PrefixCache
+from atlas.serving.backends.prefixes import LEAST_REUSED, PrefixCache
 from tests.served import random_model, served, with_llama_cpp
 from tests.serving.test_serving import metric, post
 
@@ -164,13 +164,3 @@ def test_too_little_memory_to_keep_a_text_ends_no_generation(
         answers = list(pool.map(lambda body: asked(address, "random", "/v1/completions", **body), bodies))
     assert [each["usage"]["completion_tokens"] for each in answers] == lengths
     assert "no memory to keep a text" in capsys.readouterr().err
-
-
-def test_the_number_of_texts_is_limited(loaded: LoadedModel) -> None:
-    prefixes, cache = PrefixCache(10**6), empty_cache(loaded.model, 1)
-    for number in range(MOST_TEXTS + 10):
-        prefixes.keep([number, *range(LEAST_REUSED)], cache, 0)
-    known = [
-        prefixes.find([number, *range(LEAST_REUSED), 1]) is not None for number in range(MOST_TEXTS + 10)
-    ]
-    assert known == [False] * 10 + [True] * MOST_TEXTS

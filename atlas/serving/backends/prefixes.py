@@ -16,8 +16,6 @@ from atlas.model import KVCache
 
 LEAST_REUSED = 32
 """The number of tokens below which a common beginning is not worth a prefill of its own."""
-MOST_TEXTS = 256
-"""The largest number of texts. A search compares a text with each of them, and all running texts wait for it."""
 _Ids = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -33,12 +31,19 @@ class Beginning(NamedTuple):
         return self.keys.shape[2]
 
 
+class _Text(NamedTuple):
+    ids: _Ids
+    first: bytes
+    """The first `LEAST_REUSED` ids."""
+    beginning: Beginning
+
+
 class PrefixCache:
     """The keys and values of at most `most_tokens` tokens, of the texts that were used last."""
 
     def __init__(self, most_tokens: int) -> None:
         self.most_tokens = most_tokens
-        self._kept: list[tuple[_Ids, Beginning]] = []
+        self._kept: list[_Text] = []
         """The texts, the one that was used last at the end."""
 
     def keep(self, ids: Sequence[int], cache: KVCache, row: int) -> None:
@@ -51,12 +56,12 @@ class PrefixCache:
             self._kept.append(self._kept.pop(common.index(len(new))))
             return
         # The new text replaces its own beginnings. This frees memory before the copy needs it.
-        self._kept = [each for each, same in zip(self._kept, common, strict=True) if same < len(each[0])]
-        num_tokens = len(new) + sum(len(known) for known, _ in self._kept)
-        while num_tokens > self.most_tokens or len(self._kept) >= MOST_TEXTS:
-            num_tokens -= len(self._kept.pop(0)[0])
+        self._kept = [each for each, same in zip(self._kept, common, strict=True) if same < len(each.ids)]
+        num_tokens = len(new) + sum(len(each.ids) for each in self._kept)
+        while num_tokens > self.most_tokens:
+            num_tokens -= len(self._kept.pop(0).ids)
         keys, values = (part[:, row, :, : len(new)].clone() for part in (cache.keys, cache.values))
-        self._kept.append((new, Beginning(keys, values)))
+        self._kept.append(_Text(new, _first(new), Beginning(keys, values)))
 
     def find(self, ids: Sequence[int]) -> Beginning | None:
         """Return the keys and values of as many of the first `ids` as are known, but not of the last one. Return None
@@ -67,11 +72,17 @@ class PrefixCache:
         if longest < LEAST_REUSED:
             return None
         self._kept.append(self._kept.pop(common.index(longest)))
-        return Beginning(*(part[:, :, :longest] for part in self._kept[-1][1]))
+        return Beginning(*(part[:, :, :longest] for part in self._kept[-1].beginning))
 
     def _common_with(self, ids: _Ids) -> list[int]:
-        """Return with how many of the first `ids` each kept text begins."""
-        return [_num_common(known, ids) for known, _ in self._kept]
+        """Return with how many of the first `ids` each kept text begins; 0 instead of less than `LEAST_REUSED`. All
+        running texts wait meanwhile, so most texts are excluded by one comparison."""
+        first = _first(ids)
+        return [_num_common(each.ids, ids) if each.first == first else 0 for each in self._kept]
+
+
+def _first(ids: _Ids) -> bytes:
+    return ids[:LEAST_REUSED].tobytes()
 
 
 def _num_common(one: _Ids, other: _Ids) -> int:
