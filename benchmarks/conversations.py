@@ -61,7 +61,7 @@ def main() -> None:
                 converse_all(server, arguments, question, number, found)
                 for turn, seconds in found.items() if number >= 0 else ():
                     measured[turn] += seconds
-    show(times, arguments.clients)
+        show(times, arguments.clients)
 
 
 def show(times: tuple[Times, Times], clients: int) -> None:
