@@ -44,6 +44,8 @@ each token, in about a kilobyte of memory."""
 
 MOST_READ = 8192
 """The largest number of tokens of a text that a page measures, unless the context is longer."""
+_MOST_CHARACTERS = 65_536
+"""The largest number of characters of such a text. A tokenizer may need 100 bytes of memory for each."""
 
 T = TypeVar("T")
 Prompt = str | TokenIds
@@ -71,7 +73,7 @@ class ReadRequest(Body):
     """A text to read, of any length."""
 
     model: str | None = None
-    prompt: str = Field(min_length=1)
+    prompt: str = Field(min_length=1, max_length=_MOST_CHARACTERS)
     alternatives: int = Field(10, ge=0, le=MOST_CANDIDATES)
 
 

@@ -42,6 +42,8 @@ from atlas.serving.dispatcher import Dispatcher, ServerSettings
 from atlas.serving.limits import LARGEST_BODY
 from atlas.serving.openai import openai_routes
 from atlas.serving.pages import page_routes
+from atlas.serving.responses import response_routes
+from atlas.serving.texts import text_routes
 from tests.faults.runs import Broken, command, options, shown
 from tests.served import random_model, served_model
 
@@ -56,9 +58,12 @@ SAMPLES = {
     "prompt": "a",
     "max_tokens": 1,
     "max_completion_tokens": 1,
+    "input": "a",
+    "max_output_tokens": 1,
+    "tokens": [1],
 }
 HERE = "the value"
-TEXTS = r"/completions (prompt|.*content)$|/api/write prompt$"
+TEXTS = r"/completions (prompt|.*content)$|/api/(write|read) prompt$|/tokenize (content|prompt)$|/responses input$"
 """A pattern for the fields that may be as large as the body, one for each way in which the server reads it."""
 
 
@@ -98,7 +103,8 @@ def places() -> list[Place]:
     """Every field of every route that takes a body, the items of its lists, and the body itself."""
     dispatcher = Dispatcher([], ServerSettings())
     found = []
-    for route in [*openai_routes(dispatcher).routes, *page_routes(dispatcher).routes]:
+    routers = (openai_routes, response_routes, text_routes, page_routes)
+    for route in [route for router in routers for route in router(dispatcher).routes]:
         assert isinstance(route, APIRoute)
         model = typing.get_type_hints(route.endpoint).get("body")
         if model is not None:
@@ -108,10 +114,12 @@ def places() -> list[Place]:
 
 def _fields(model: type[Body]) -> Iterator[tuple[str, str]]:
     sample = {name: value for name, value in SAMPLES.items() if name in model.model_fields}
+    if "content" in model.model_fields:  # /tokenize takes one of content, prompt and messages
+        sample = {}
     yield "", f'"{HERE}"'
     for name in (*model.model_fields, "unknown"):
         yield name, json.dumps({**sample, name: HERE})
-    for name in ("messages", "prompt", "stop"):
+    for name in ("messages", "prompt", "stop", "input", "tokens"):
         if name in model.model_fields:
             yield f"{name}[0]", json.dumps({**sample, name: [HERE]})
     if "messages" in model.model_fields:
