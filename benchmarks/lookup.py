@@ -29,7 +29,8 @@ from atlas.tokenizer.chat import Message
 
 TEXT = (
     "The river runs past the old mill and the stone bridge. In winter the water is high, and the boats stay in the "
-    "harbour. The miller's daughter counts the reeds, and her brother mends the nets. In spring they sail to the town."
+    "harbour. The miller's daughter counts the reeds, and her brother repairs the nets. In spring they sail to the "
+    "town."
 )
 PERSON = {
     "name": {"type": "string", "maxLength": 20},
